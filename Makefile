@@ -1,0 +1,66 @@
+# Needs python3 and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip -qq --disable-pip-version-check install
+PACKAGES := remote_ops ensemble server_ref
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test check fast slow peers format bench clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+# Two stamps in one environment: what the examples need, then what the tests add.
+$(VENV)/.run: pyproject.toml constraints.txt
+	@echo "== creating $(VENV) with $(PYTHON): the packages and what the examples need (minutes the first time)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PIP) -c constraints.txt -e '.[torch,onnx,server]' magika
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run requirements-dev.txt requirements-peers.txt
+	@echo "== adding to $(VENV) what the tests and checks need"
+	@$(PIP) -c constraints.txt -r requirements-dev.txt -e '.[torch,onnx,server]'
+	@$(PIP) --no-deps -r requirements-peers.txt
+	@touch $@
+
+venv: $(VENV)/.dev ## create or refresh .venv
+
+demo: $(VENV)/.run ## run the first example
+	@$(PY) examples/01_quickstart.py
+
+test: check fast slow peers ## everything CI runs: checks, then the three groups of tests
+
+check: $(VENV)/.dev ## format, lint and types, without changing a file
+	@echo "== check: ruff format, ruff check, mypy --strict"
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy --strict $(PACKAGES)
+
+# pytest exits with 5 when a group is empty; that must fail, or a lost group would look like a green one.
+define group
+	@echo "== tests: $(1)"
+	@$(PY) -m pytest -q -m "$(2)" || { rc=$$?; [ $$rc -ne 5 ] || echo "the group '$(1)' selected no test"; exit $$rc; }
+endef
+
+fast: $(VENV)/.dev ## the tests to run while editing
+	$(call group,fast,not slow and not peers)
+
+slow: $(VENV)/.dev ## the tests that take long
+	$(call group,slow,slow and not peers)
+
+peers: $(VENV)/.dev ## the tests against software that is not ours
+	$(call group,peers,peers)
+
+format: $(VENV)/.dev ## format, and fix what ruff can fix
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+bench: $(VENV)/.dev ## the benchmarks, each beside its bare twin
+	@$(PY) tests/bench/run.py
+
+clean: ## remove .venv, caches and build outputs
+	@rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,434 @@
+"""`Endpoint`: a model that lives at a URL, called like a function; blocking, awaited, or handed to the background.
+
+It joins signature, codec, policy and transport, and writes none of them: names, dtypes and shapes are checked before a
+byte is sent, and every reply is checked before anybody sees it.
+
+Constant: addresses, headers, timeout, retry. Changing: the signature, fetched once under `_lock`; the turn of the
+replicas, an atomic counter; the transport's idle connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import itertools
+import os
+import random
+import re
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import numpy.typing as npt
+
+from remote_ops import graphpipe
+from remote_ops.deadline import Deadline, ambient
+from remote_ops.errors import (
+    BadStatus,
+    DeadlineExceeded,
+    DecodeError,
+    InternalError,
+    InvalidRequest,
+    ModelNotFound,
+    ModelUnavailable,
+    Overloaded,
+    RemoteOpsError,
+    SignatureError,
+    SpecError,
+    from_answer,
+)
+from remote_ops.policy import Retry
+from remote_ops.signature import Signature, TensorSpec
+from remote_ops.transport import TLS, Call, HttpTransport, Reply, Transport, Url
+
+__all__ = ["Endpoint"]
+
+Array = npt.NDArray[Any]
+Buffer: TypeAlias = "bytes | bytearray | memoryview"
+_T = TypeVar("_T")
+
+
+class Endpoint:
+    """A model at a URL, or at several URLs that answer alike.
+
+    Args:
+        url: `http://`, `https://` or `http+unix://%2Fpath.sock/model`; a list of them for replicas.
+        timeout_s: seconds that a call may take in all, retries included, unless it or its surroundings say less.
+        headers: sent with every request. A value may name environment variables as `${NAME}`; they are read at each
+            call. A literal value is taken for a secret: it is neither shown nor pickled.
+        tls: whom https trusts, and who we are.
+        retry: how often a call that failed for a passing reason is sent again.
+        transport: what carries the bytes; our own HTTP unless said.
+
+    Raises:
+        SpecError: an argument is wrong. The network is not touched before the first call.
+    """
+
+    def __init__(
+        self,
+        url: str | Sequence[str],
+        timeout_s: float = 30.0,
+        headers: Mapping[str, str] | None = None,
+        tls: TLS | None = None,
+        retry: Retry = Retry(),  # noqa: B008 (immutable)
+        transport: Transport | None = None,
+    ) -> None:
+        urls = (url,) if isinstance(url, str) else tuple(url)
+        if not urls:
+            raise SpecError("an endpoint needs at least one URL: got an empty list", path="url")
+        Deadline.after(timeout_s)
+        self._urls = tuple(Url.parse(text) for text in urls)
+        self.timeout_s = timeout_s
+        self._headers = _Headers(headers or {})
+        self._retry = retry
+        self._transport: Transport = transport or HttpTransport(tls)
+        self._signature: Signature | None = None
+        self._turn = itertools.count()
+        self._forget_locks()
+
+    def _forget_locks(self) -> None:
+        self._lock = threading.Lock()
+        _ENDPOINTS.add(self)
+
+    @property
+    def url(self) -> str:
+        """The first address, without its query."""
+        return self._urls[0].text
+
+    @property
+    def signature(self) -> Signature:
+        """What the model takes and gives; asked of the server at the first use, and kept."""
+        return self._signature or self._fetch_signature(self._bound(None))
+
+    def __call__(self, *values: Any, config: bytes = b"", deadline: Deadline | None = None) -> Any:
+        """Call the model with its inputs in order.
+
+        Args:
+            values: one array `(*dims)` per input, or what numpy makes one of.
+            config: bytes handed to the model.
+            deadline: the call ends by then, or by `timeout_s` from now if that is sooner.
+
+        Returns:
+            The output, or a tuple where the model has several. Arrays are views of the reply, yours to write to.
+
+        Raises:
+            SignatureError: a value does not fit; nothing was sent.
+            TransportError: the bytes did not make the round trip in time.
+            RemoteError: the server answered with an error.
+        """
+        bound = self._bound(deadline)
+        signature = self._signature or self._fetch_signature(bound)
+        results = self.infer(signature.bind(values, at=self.url), config=config, deadline=bound)
+        return _unwrap(results)
+
+    def infer(
+        self,
+        inputs: Mapping[str, Any],
+        outputs: Sequence[str] | None = None,
+        *,
+        config: bytes = b"",
+        deadline: Deadline | None = None,
+    ) -> dict[str, Array]:
+        """Call the model by names: the outputs asked for (all for None), in that order. Raises as calling does.
+
+        Runs on the caller's thread. Costs one round trip, and a second one the first time, for the signature.
+        """
+        bound = self._bound(deadline)
+        signature = self._signature or self._fetch_signature(bound)
+        wanted, body = self._prepare(signature, inputs, outputs, config)
+        results: dict[str, Array] = self._exchange(body, bound, lambda reply, url: _results(reply, url, wanted))
+        return results
+
+    async def ainfer(
+        self,
+        inputs: Mapping[str, Any],
+        outputs: Sequence[str] | None = None,
+        *,
+        config: bytes = b"",
+        deadline: Deadline | None = None,
+    ) -> dict[str, Array]:
+        """The same on the running loop; cancelling it closes the connection it waits on."""
+        bound = self._bound(deadline)
+        signature = self._signature
+        if signature is None:
+            loop = asyncio.get_running_loop()
+            signature = await loop.run_in_executor(None, self._fetch_signature, bound)
+        wanted, body = self._prepare(signature, inputs, outputs, config)
+        attempts = _Attempts(self, bound)
+        while True:
+            url = attempts.next_url()
+            try:
+                reply = await self._transport.aexchange(Call(url, self._headers.resolve(), body), bound)
+                return _results(reply, url.text, wanted)
+            except RemoteOpsError as error:
+                await asyncio.sleep(attempts.wait_s(error))
+
+    def submit(
+        self,
+        inputs: Mapping[str, Any],
+        outputs: Sequence[str] | None = None,
+        *,
+        config: bytes = b"",
+        deadline: Deadline | None = None,
+    ) -> concurrent.futures.Future[dict[str, Array]]:
+        """The same in the background; the arrays must not be written to until it is done. Cancel it to give it up."""
+        bound = self._bound(deadline)
+        return asyncio.run_coroutine_threadsafe(
+            self.ainfer(inputs, outputs, config=config, deadline=bound), _background_loop()
+        )
+
+    def close(self) -> None:
+        """Close the idle connections; the endpoint stays usable."""
+        self._transport.close()
+
+    def __enter__(self) -> Endpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        urls = self.url if len(self._urls) == 1 else [url.text for url in self._urls]
+        headers = f", headers={sorted(self._headers.values)}" if self._headers.values else ""
+        return f"Endpoint({urls!r}, timeout_s={self.timeout_s}{headers})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Endpoint:
+        return self  # nothing of it is the caller's to change
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_urls", "timeout_s", "_headers", "_retry", "_transport", "_signature")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._turn = itertools.count()
+        self._forget_locks()
+
+    # how it is done
+
+    def _bound(self, deadline: Deadline | None) -> Deadline:
+        return Deadline.after(self.timeout_s).earlier(deadline).earlier(ambient())
+
+    def _fetch_signature(self, bound: Deadline) -> Signature:
+        with self._lock:
+            if self._signature is None:
+                self._signature = self._exchange([graphpipe.METADATA_REQUEST], bound, _metadata)
+            return self._signature
+
+    def _prepare(
+        self, signature: Signature, inputs: Mapping[str, Any], outputs: Sequence[str] | None, config: bytes
+    ) -> tuple[tuple[TensorSpec, ...], list[Buffer]]:
+        arrays = signature.fit_inputs(inputs, at=self.url)
+        wanted = signature.select_outputs(outputs, at=self.url)
+        names = tuple([spec.name for spec in wanted])
+        return wanted, graphpipe.encode_request(tuple(arrays), list(arrays.values()), names, config)
+
+    def _exchange(self, body: Sequence[Buffer], bound: Deadline, read: Callable[[Reply, str], Any]) -> Any:
+        attempts = _Attempts(self, bound)
+        while True:
+            url = attempts.next_url()
+            try:
+                reply = self._transport.exchange(Call(url, self._headers.resolve(), body), bound)
+                return read(reply, url.text)
+            except RemoteOpsError as error:
+                time.sleep(attempts.wait_s(error))
+
+
+class _Attempts:
+    """The sendings of one call: which replica next, and what an error means for it."""
+
+    __slots__ = ("bound", "endpoint", "number", "since", "turn")
+
+    def __init__(self, endpoint: Endpoint, bound: Deadline) -> None:
+        self.endpoint = endpoint
+        self.bound = bound
+        self.number = 0
+        self.since = time.monotonic()
+        self.turn = next(endpoint._turn)
+
+    def next_url(self) -> Url:
+        urls = self.endpoint._urls
+        url = urls[(self.turn + self.number) % len(urls)]
+        self.number += 1
+        return url
+
+    def wait_s(self, error: RemoteOpsError) -> float:
+        """Seconds until the next sending; raises, in full words, if there is none."""
+        retry = self.endpoint._retry
+        wait_s = retry.wait_s(error, self.number, self.bound.remaining(), random.random)
+        if wait_s is not None:
+            return wait_s
+        if isinstance(error, DeadlineExceeded):
+            urls = self.endpoint._urls
+            url = urls[(self.turn + self.number - 1) % len(urls)].text
+            raise DeadlineExceeded(
+                f"no answer from {url} in {time.monotonic() - self.since:.3f} s "
+                f"(attempt {self.number} of {retry.attempts}, {error.message})"
+            ) from error
+        raise error
+
+
+# --------------------------------------------------------------------------- replies
+
+
+def _unwrap(results: dict[str, Array]) -> Any:
+    values = tuple(results.values())
+    return values[0] if len(values) == 1 else values
+
+
+def _results(reply: Reply, url: str, wanted: Sequence[TensorSpec]) -> dict[str, Array]:
+    response = _read(reply, url, graphpipe.decode_response)
+    if response.errors:
+        raise from_answer(*response.errors[0], endpoint=url)
+    if len(response.tensors) != len(wanted):
+        raise InternalError(f"expected {len(wanted)} outputs, got {len(response.tensors)}", endpoint=url)
+    try:
+        return {
+            spec.name: spec.view(array, kind="output")
+            for spec, array in zip(wanted, response.tensors, strict=True)
+        }  # fmt: skip
+    except SignatureError as error:
+        raise InternalError(f"the answer breaks the model's own signature: {error}", endpoint=url) from error
+
+
+def _metadata(reply: Reply, url: str) -> Signature:
+    return _read(reply, url, graphpipe.decode_metadata)
+
+
+def _read(reply: Reply, url: str, decode: Callable[[Buffer], _T]) -> _T:
+    if not 200 <= reply.status < 300:
+        raise _error_of(reply, url)
+    try:
+        return decode(reply.body)
+    except DecodeError as error:
+        if _is_text(reply):
+            raise BadStatus(f"{_said(reply, url)}: expected a GraphPipe message", status=reply.status) from error
+        raise DecodeError(f"the answer from {url} is no GraphPipe message: {error}", offset=error.offset) from error
+
+
+_BY_STATUS = {429: Overloaded, 502: ModelUnavailable, 503: ModelUnavailable}
+_BY_STATUS_OF_PLAIN_TEXT = {400: InvalidRequest, 404: ModelNotFound, 500: InternalError}
+
+
+def _error_of(reply: Reply, url: str) -> RemoteOpsError:
+    """The exception for a status that is not 2xx: what our servers say in the body, what others say with the status."""
+    try:
+        errors = graphpipe.decode_response(reply.body).errors
+    except DecodeError:
+        errors = []
+    if errors:
+        return from_answer(*errors[0], endpoint=url)
+    said = _said(reply, url)
+    known = _BY_STATUS.get(reply.status)
+    if known is None and reply.headers.get("content-type", "").startswith("text/plain"):
+        known = _BY_STATUS_OF_PLAIN_TEXT.get(reply.status)
+    if known is not None:
+        return known(said, endpoint="")
+    if reply.status == 504:
+        return DeadlineExceeded(said)
+    return BadStatus(said, status=reply.status)
+
+
+def _said(reply: Reply, url: str) -> str:
+    if 300 <= reply.status < 400:
+        return f"{url} answered {reply.status}: it moved to {reply.headers.get('location', 'somewhere')!r}; call that"
+    text = bytes(reply.body[:400]).decode(errors="replace")
+    words = " ".join(re.sub(r"<[^>]*>", " ", text).split())[:160] if text.isprintable() or _is_text(reply) else ""
+    return f"{url} answered {reply.status}" + (f": {words}" if words else "")
+
+
+def _is_text(reply: Reply) -> bool:
+    content_type = reply.headers.get("content-type", "")
+    return content_type.startswith("text/") or "json" in content_type or "xml" in content_type
+
+
+# --------------------------------------------------------------------------- headers
+
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_OURS = {"content-length", "host", "transfer-encoding", "connection", "expect"}
+
+
+class _Headers:
+    """The caller's headers: values that name environment variables are read at each call; others are secrets."""
+
+    def __init__(self, values: Mapping[str, str]) -> None:
+        self.values: dict[str, str | None] = dict(values)
+        for name, value in values.items():
+            if not _NAME.fullmatch(name) or name.lower() in _OURS:
+                raise SpecError(f"no header of this name can be set: {name!r}", path="headers")
+            _check_value(name, value)
+        self._fixed = None if any(_VARIABLE.search(value) for value in values.values()) else tuple(values.items())
+
+    def resolve(self) -> Sequence[tuple[str, str]]:
+        if self._fixed is not None:
+            return self._fixed
+        return [(name, self._resolve(name, value)) for name, value in self.values.items()]
+
+    def _resolve(self, name: str, value: str | None) -> str:
+        if value is None:
+            raise SpecError(
+                f"header '{name}' had a literal value, which is not pickled: write it as '${{NAME}}', to be read from "
+                "the environment at each call",
+                path="headers",
+            )
+        resolved = _VARIABLE.sub(lambda match: self._variable(name, match[1]), value)
+        _check_value(name, resolved)
+        return resolved
+
+    @staticmethod
+    def _variable(header: str, name: str) -> str:
+        try:
+            return os.environ[name]
+        except KeyError:
+            raise SpecError(f"header '{header}' needs the environment variable {name}, which is not set") from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: value if value and _VARIABLE.search(value) else None for name, value in self.values.items()}
+        return {"values": kept, "_fixed": None if kept else ()}
+
+
+def _check_value(name: str, value: str) -> None:
+    if any(char in value for char in "\r\n\0") or not value.isascii():
+        raise SpecError(f"header '{name}' has a value with a line end or a character beyond ASCII", path="headers")
+
+
+# --------------------------------------------------------------------------- processes and the background loop
+
+
+_ENDPOINTS: weakref.WeakSet[Endpoint] = weakref.WeakSet()
+_BACKGROUND_LOCK = threading.Lock()
+_background: asyncio.AbstractEventLoop | None = None
+
+
+def _background_loop() -> asyncio.AbstractEventLoop:
+    """The one loop that `submit` runs on, in a daemon thread."""
+    global _background
+    with _BACKGROUND_LOCK:
+        if _background is None:
+            _background = _new_loop()
+            threading.Thread(target=_background.run_forever, name="remote-ops", daemon=True).start()
+        return _background
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def _after_fork() -> None:
+    """A lock held by another thread at the fork stays held in the child, and that thread is gone: start anew."""
+    global _BACKGROUND_LOCK, _background
+    _BACKGROUND_LOCK = threading.Lock()
+    _background = None
+    for endpoint in tuple(_ENDPOINTS):
+        endpoint._forget_locks()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,74 @@
+"""torch tensors <-> numpy arrays, without a copy where both are on the CPU; bits stay what they are.
+
+It knows the dtypes of both sides and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from remote_ops.errors import EncodeError
+from remote_ops.signature import BY_NUMPY, DTYPES
+
+__all__ = ["array_of", "tensor_of"]
+
+Array = npt.NDArray[Any]
+
+# torch and numpy share no bfloat16 or float8: those pass as integers of their size.
+_BITS: dict[int, tuple[torch.dtype, np.dtype[Any]]] = {1: (torch.uint8, np.dtype(np.uint8)), 2: (torch.int16, np.dtype(np.int16))}
+_NUMPY_OF = {
+    getattr(torch, name): row.numpy
+    for name, row in DTYPES.items()
+    if row.is_bit_view and name != "bool" and hasattr(torch, name)
+}
+_TORCH_OF = {row: dtype for dtype, row in _NUMPY_OF.items()}
+
+
+def array_of(tensor: torch.Tensor) -> Array:
+    """Give a tensor `(*dims)` as an array, a view if it is on the CPU.
+
+    Raises:
+        EncodeError: its dtype has no form on the wire.
+    """
+    tensor = tensor.detach().cpu()
+    dtype = _NUMPY_OF.get(tensor.dtype)
+    if dtype is not None:
+        return tensor.contiguous().view(_BITS[dtype.itemsize][0]).numpy().view(dtype)
+    try:
+        array = tensor.resolve_neg().resolve_conj().numpy()
+    except TypeError:
+        array = None
+    if array is None or array.dtype not in BY_NUMPY:
+        raise EncodeError(
+            f"{tensor.dtype} {list(tensor.shape)} has no form on the wire: expected one of {', '.join(DTYPES)}",
+            dtype=str(tensor.dtype), shape=tuple(tensor.shape),
+        )  # fmt: skip
+    return array
+
+
+def tensor_of(array: Array, device: torch.device) -> torch.Tensor:
+    """Give an array `(*dims)` as a tensor on `device`, sharing its memory if that is the CPU.
+
+    Raises:
+        EncodeError: strings, or a dtype that this torch does not have.
+    """
+    dtype = _TORCH_OF.get(array.dtype)
+    if dtype is not None:
+        stored = _BITS[array.dtype.itemsize][1]
+        return torch.from_numpy(_usable(array.view(stored))).view(dtype).to(device)
+    try:
+        return torch.from_numpy(_usable(array)).to(device)
+    except TypeError as error:
+        raise EncodeError(
+            f"{array.dtype} {list(array.shape)} has no torch tensor", dtype=str(array.dtype), shape=array.shape
+        ) from error
+
+
+def _usable(array: Array) -> Array:
+    """torch wants aligned, writable memory of the machine's byte order, and warns or misreads otherwise."""
+    flags = array.flags
+    return array if flags.aligned and flags.writeable and array.dtype.isnative else array.copy()

@@ -1,0 +1,174 @@
+"""`python -m server_ref --model x.onnx`: the command line. It turns flags and variables into a call of `serve`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from remote_ops.servable import Servable, load
+
+import remote_ops
+from remote_ops import http1
+from remote_ops.errors import RemoteOpsError, SpecError
+from server_ref.lifecycle import Listen, serve
+
+__all__ = ["main"]
+
+# Data types in a value_inputs.json, by the numbers of Caffe2's TensorProto.
+_CAFFE2_TYPES = {
+    1: "float32", 2: "int32", 3: "uint8", 4: "string", 5: "bool", 6: "uint8", 7: "int8", 8: "uint16", 9: "int16",
+    10: "int64", 12: "float16", 13: "float64",
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve what the command line and the `GP_*` variables say; a flag wins over its variable."""
+    args = _parser(os.environ).parse_args(argv)
+    logging.basicConfig(
+        level=logging.DEBUG if args.verbose else logging.INFO, format="%(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        _check_old_flags(args)
+        _warn_if_open(args.listen)
+        models = _load_all(args)
+        if args.value_inputs:
+            _check_value_inputs(args.value_inputs, models)
+        limits = http1.Limits(max_body_bytes=args.max_body_mb << 20)
+        return serve(models, args.listen, limits=limits, grace_s=args.drain_grace_s, exit_timeout_s=args.exit_timeout_s)
+    except (RemoteOpsError, ImportError) as error:
+        print(f"server_ref: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m server_ref",
+        description="Serve models over GraphPipe.",
+        epilog="Variables: GP_MODEL, GP_VALUE_INPUTS, GP_INIT_NET, GP_PREDICT_NET, GP_CACHE, GP_ENGINE_COUNT.",
+    )
+    add = parser.add_argument
+    add("-m", "--model", action="append", metavar="[NAME=]WHAT",
+        help="a model file, a URL of one, or package.module:factory; repeat for several, each at /NAME")  # fmt: skip
+    add("-l", "--listen", default="127.0.0.1:9000", metavar="HOST:PORT",
+        help="or unix:/path.sock (default: %(default)s)")  # fmt: skip
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add("--threads", type=int, help="threads per run; as many runs at a time as the cores have room for")
+    add("--sha256", help="what a downloaded model must hash to")
+    add("--max-body-mb", type=int, default=1024, help="largest request in MiB (default: %(default)s)")
+    add("--drain-grace-s", type=float, default=5.0,
+        help="after SIGTERM, seconds of further service while not ready (default: %(default)s)")  # fmt: skip
+    add("--exit-timeout-s", type=float, default=30.0,
+        help="then, seconds for requests in flight (default: %(default)s)")  # fmt: skip
+    add("-v", "--verbose", action="store_true", help="log more")
+    add("-V", "--version", action="version", version=f"remote-ops {remote_ops.__version__}")
+    old = parser.add_argument_group("flags of the 2018 servers")
+    old.add_argument("-d", "--cache-dir", help="where downloaded models are kept")
+    old.add_argument("--engine-count", type=int, default=_number(env, "GP_ENGINE_COUNT"), help="runs at a time")
+    old.add_argument("--disable-cuda", action="store_true", help="the same as --device cpu")
+    old.add_argument("--profile", metavar="FILE", help="onnxruntime writes its profile there at exit")
+    old.add_argument("--value-inputs", default=env.get("GP_VALUE_INPUTS"), metavar="FILE",
+                     help='{"name": [dtype, [dims]]}: checked against the model')  # fmt: skip
+    old.add_argument("--init-net", default=env.get("GP_INIT_NET"), help=argparse.SUPPRESS)
+    old.add_argument("--predict-net", default=env.get("GP_PREDICT_NET"), help=argparse.SUPPRESS)
+    old.add_argument("-c", "--cache", action="store_true", default=env.get("GP_CACHE", "").lower() in ("1", "true"),
+                     help="row cache; not in this version, and ignored")  # fmt: skip
+    parser.set_defaults(env_model=env.get("GP_MODEL"))
+    return parser
+
+
+def _number(env: Mapping[str, str], name: str) -> int | None:
+    text = env.get(name)
+    if not text:
+        return None
+    if not text.isdigit():
+        raise SystemExit(f"server_ref: {name}: expected a number, got {text!r}")
+    return int(text)
+
+
+def _check_old_flags(args: argparse.Namespace) -> None:
+    if args.init_net or args.predict_net:
+        raise SpecError(
+            "Caffe2 nets are not served: export the model to ONNX and pass --model model.onnx",
+            path="--init-net, --predict-net",
+        )
+    if args.engine_count is not None and not 0 <= args.engine_count <= 32:
+        raise SpecError(f"expected 0 to 32, got {args.engine_count}", path="--engine-count")
+    if args.cache:
+        print("server_ref: --cache: this version has no row cache; serving without", file=sys.stderr)
+    if args.cache_dir:
+        os.environ["REMOTE_OPS_CACHE"] = args.cache_dir
+
+
+def _warn_if_open(listen: str) -> None:
+    if not Listen.parse(listen).loopback:
+        print(f"server_ref: {listen} can be reached from other machines, and nothing asks who calls", file=sys.stderr)
+
+
+def _load_all(args: argparse.Namespace) -> dict[str, Servable]:
+    whats = args.model or ([args.env_model] if args.env_model else [])
+    if not whats:
+        raise SpecError("no model: expected --model WHAT, or GP_MODEL", path="--model")
+    models: dict[str, Servable] = {}
+    for what in whats:
+        name, servable = _load(what, args)
+        if name in models:
+            raise SpecError(f"two models are called '{name}': name them, as in --model {name}2={what}", path="--model")
+        models[name] = servable
+    return models
+
+
+def _load(what: str, args: argparse.Namespace) -> tuple[str, Servable]:
+    name, equals, rest = what.partition("=")
+    named = bool(equals) and "/" not in name and ":" not in name
+    what = rest if named else what
+    servable = load(
+        what, sha256=args.sha256, device="cpu" if args.disable_cuda else args.device, **_options(what, args)
+    )
+    return name if named else _name_of(what), _limited(servable, args.engine_count)
+
+
+def _options(what: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The options that only model files take."""
+    if not what.partition("#")[0].partition("?")[0].endswith(".onnx"):
+        return {}
+    options = {"threads": args.threads, "profile": args.profile}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _name_of(what: str) -> str:
+    plain = what.partition("#")[0].partition("?")[0].rstrip("/")
+    return plain.rpartition(":")[2] if ":" in plain and "://" not in plain else Path(plain).stem
+
+
+def _limited(servable: Servable, engine_count: int | None) -> Servable:
+    if engine_count and hasattr(servable, "concurrency"):
+        servable.concurrency = engine_count
+    return servable
+
+
+def _check_value_inputs(path: str, models: Mapping[str, Servable]) -> None:
+    """Check the shapes that the 2018 ONNX server had to be told: ours reads them from the model."""
+    try:
+        declared = json.loads(Path(path).read_text())
+        entries = {name: (_CAFFE2_TYPES[int(dtype)], tuple(dims)) for name, (dtype, dims) in declared.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SpecError(f'expected {{"name": [dtype, [dims]]}}, got {error}', path=path) from error
+    for model, servable in models.items():
+        specs = {spec.name: spec for spec in servable.signature.inputs}
+        for name, (dtype, dims) in entries.items():
+            spec = specs.get(name)
+            if spec is None or spec.dtype != dtype or not spec.accepts_shape(dims):
+                got = f"{dtype} {list(dims)}"
+                raise SpecError(
+                    f"input '{name}' of {model}: the model has {spec or list(specs)}, the file {got}", path=path
+                )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,290 @@
+"""From launch to exit: listeners, the line that says what runs, signals, and the drain that loses no request.
+
+What happens on a connection is `front`'s; what a model is, `remote_ops`'.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import ssl
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from remote_ops.servable import Servable
+
+from remote_ops import http1
+from remote_ops.errors import SpecError
+from server_ref.front import Front, Timeouts
+
+__all__ = ["Server", "running", "serve"]
+
+log = logging.getLogger("server_ref")
+_BACKLOG = 1024
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Where to listen: a host and a port (0: any free one), or the path of a unix socket."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    unix_path: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Listen:
+        """Read `host:port`, `[::1]:port`, `:port` (every address) or `unix:/path.sock`.
+
+        Raises:
+            SpecError: no such form.
+        """
+        if text.startswith("unix:"):
+            return cls(unix_path=text.removeprefix("unix:").removeprefix("//"))
+        host, _, port = text.rpartition(":")
+        if not port.isdigit() or int(port) > 65535:
+            raise SpecError(f"expected host:port or unix:/path.sock, got {text!r}", path="listen")
+        return cls(host.strip("[]"), int(port))
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        return bool(self.unix_path) or self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+
+class Server:
+    """A front with its listeners, on the running loop.
+
+    Args:
+        models: name -> servable.
+        listen: where; see `Listen.parse`.
+        tls: makes it https.
+        limits, timeouts: as in `front`.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Servable],
+        listen: str = "127.0.0.1:0",
+        *,
+        tls: ssl.SSLContext | None = None,
+        limits: http1.Limits = http1.Limits(),  # noqa: B008 (immutable)
+        timeouts: Timeouts = Timeouts(),  # noqa: B008 (immutable)
+        on_shutdown: Callable[[], None] | None = None,
+    ) -> None:
+        if not models:
+            raise SpecError("a server needs at least one model: got none", path="models")
+        self.listen = Listen.parse(listen)
+        self.front = Front(models, limits=limits, timeouts=timeouts, on_shutdown=on_shutdown)
+        self.url = ""
+        self._tls = tls
+        self._listener: asyncio.AbstractServer | None = None
+
+    async def start(self) -> None:
+        """Listen and be ready.
+
+        Raises:
+            SpecError: the address is taken or not ours.
+        """
+        loop = asyncio.get_running_loop()
+        where = self.listen
+        try:
+            if where.unix_path:
+                _remove_stale(where.unix_path)
+                self._listener = await loop.create_unix_server(
+                    self.front.connection, where.unix_path, ssl=self._tls, backlog=_BACKLOG
+                )
+                self.url = f"http+unix://{quote(where.unix_path, safe='')}/"
+            else:
+                listener = await loop.create_server(
+                    self.front.connection, where.host or None, where.port, ssl=self._tls, backlog=_BACKLOG
+                )
+                self._listener = listener
+                port = listener.sockets[0].getsockname()[1]
+                host = "127.0.0.1" if where.host in ("", "0.0.0.0") else where.host
+                self.url = f"{'https' if self._tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}/"
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            place = where.unix_path or f"{where.host}:{where.port}"
+            raise SpecError(f"cannot listen on {place}: {reason}", path="listen") from error
+        self.front.start(loop)
+
+    async def drain(self, *, grace_s: float, exit_timeout_s: float) -> bool:
+        """Stop without losing a request: not ready at once, `grace_s` of further service, then finish what runs.
+
+        Args:
+            grace_s: how long new requests are still taken, so that whoever routes to us has time to notice.
+            exit_timeout_s: how long requests in flight may then take.
+
+        Returns:
+            Whether every request was answered.
+        """
+        self.front.ready = False
+        await asyncio.sleep(grace_s)
+        if self._listener is not None:
+            self._listener.close()
+        self.front.close_idle()
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + exit_timeout_s
+        while self.front.in_flight and loop.time() < give_up:
+            await asyncio.sleep(0.01)
+        finished = not self.front.in_flight
+        # What was just answered is still being sent.
+        while self.front.connections and loop.time() < give_up:
+            await asyncio.sleep(0.01)
+        self.close()
+        return finished
+
+    def close(self) -> None:
+        """Stop at once."""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        self.front.stop()
+        if self.listen.unix_path:
+            with contextlib.suppress(OSError):
+                os.unlink(self.listen.unix_path)
+
+    def describe(self) -> str:
+        """What runs where: a line per model with its signature and the device it really runs on."""
+        lines = []
+        for name, model in self.front.models.items():
+            url = self.url if len(self.front.models) == 1 else f"{self.url}{name}"
+            device = getattr(model.servable, "device", None)
+            at_once = "awaited on the loop" if model.ainfer else f"{model.lanes.concurrency} at a time"
+            lines.append(f"{name} at {url} on {device or 'cpu'}, {at_once}\n  {model.signature}")
+        return "\n".join(lines)
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket that nobody listens on any more; a live one, or another file, stays and is reported."""
+    probe = socket.socket(socket.AF_UNIX)
+    with probe, contextlib.suppress(FileNotFoundError):
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+
+
+def new_loop() -> asyncio.AbstractEventLoop:
+    """uvloop's if it is installed, else the standard library's: slower, and it copies more."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+@contextlib.contextmanager
+def running(
+    models: Mapping[str, Servable],
+    listen: str = "127.0.0.1:0",
+    *,
+    tls: ssl.SSLContext | None = None,
+    limits: http1.Limits = http1.Limits(),  # noqa: B008 (immutable)
+    timeouts: Timeouts = Timeouts(),  # noqa: B008 (immutable)
+) -> Iterator[str]:
+    """Serve `models` from a background thread while the block runs; for tests and notebooks.
+
+    Args:
+        models: name -> servable.
+        listen: where; a free port of the loopback address unless said.
+        tls: makes it https.
+        limits, timeouts: as in `front`.
+
+    Yields:
+        The URL. One model answers any path under it; several answer `<url><name>`.
+
+    Raises:
+        SpecError: no models, or the address is taken.
+    """
+    loop = new_loop()
+    server = Server(models, listen, tls=tls, limits=limits, timeouts=timeouts)
+    thread = threading.Thread(target=loop.run_forever, name="server_ref", daemon=True)
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(server.start(), loop).result()
+        yield server.url
+    finally:
+        asyncio.run_coroutine_threadsafe(_close_soon(server), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+async def _close_soon(server: Server) -> None:
+    server.close()
+    for _ in range(3):  # let the transports see their end before the loop does
+        await asyncio.sleep(0)
+
+
+def serve(
+    models: Mapping[str, Servable],
+    listen: str = "127.0.0.1:9000",
+    *,
+    tls: ssl.SSLContext | None = None,
+    limits: http1.Limits = http1.Limits(),  # noqa: B008 (immutable)
+    timeouts: Timeouts = Timeouts(),  # noqa: B008 (immutable)
+    grace_s: float = 5.0,
+    exit_timeout_s: float = 30.0,
+) -> int:
+    """Serve `models` until SIGTERM, Ctrl-C or `/control/shutdown`, then drain.
+
+    Args:
+        models: name -> servable.
+        listen: where; see `Listen.parse`.
+        grace_s: after SIGTERM, how long requests are still taken while `/control/is_ready` says 503.
+        exit_timeout_s: how long requests in flight may then take.
+
+    Returns:
+        The exit code: 0 if every request was answered, 1 if some were cut off.
+
+    Raises:
+        SpecError: no models, or the address is taken.
+    """
+    loop = new_loop()
+    try:
+        return loop.run_until_complete(_serve(models, listen, tls, limits, timeouts, grace_s, exit_timeout_s))
+    finally:
+        loop.close()
+
+
+async def _serve(
+    models: Mapping[str, Servable],
+    listen: str,
+    tls: ssl.SSLContext | None,
+    limits: http1.Limits,
+    timeouts: Timeouts,
+    grace_s: float,
+    exit_timeout_s: float,
+) -> int:
+    loop = asyncio.get_running_loop()
+    asked: asyncio.Queue[str] = asyncio.Queue()
+    server = Server(
+        models, listen, tls=tls, limits=limits, timeouts=timeouts, on_shutdown=lambda: asked.put_nowait("shutdown")
+    )
+    await server.start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked.put_nowait, number.name)
+    print(server.describe(), file=sys.stderr, flush=True)
+    why = await asked.get()
+    # Ctrl-C comes from a person who waits; SIGTERM from an orchestrator whose routing needs time to notice.
+    grace_s = 0.0 if why == "SIGINT" else grace_s
+    print(
+        f"draining after {why}: {grace_s:g} s of grace, {server.front.in_flight} in flight", file=sys.stderr, flush=True
+    )
+    drain = loop.create_task(server.drain(grace_s=grace_s, exit_timeout_s=exit_timeout_s))
+    again = loop.create_task(asked.get())
+    await asyncio.wait((drain, again), return_when=asyncio.FIRST_COMPLETED)
+    again.cancel()
+    if not drain.done():
+        drain.cancel()
+        server.close()
+        return 1
+    return 0 if drain.result() else 1
