@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import itertools
+import math
 import os
 import random
 import re
@@ -158,10 +159,10 @@ class Endpoint:
         wanted, body = self._prepare(signature, inputs, outputs, config)
         attempts = _Attempts(self, bound)
         while True:
-            url = attempts.next_url()
+            call = attempts.next_call(body)
             try:
-                reply = await self._transport.aexchange(Call(url, self._headers.resolve(), body), bound)
-                return _results(reply, url.text, wanted)
+                reply = await self._transport.aexchange(call, bound)
+                return _results(reply, call.url.text, wanted)
             except RemoteOpsError as error:
                 await asyncio.sleep(attempts.wait_s(error))
 
@@ -228,10 +229,9 @@ class Endpoint:
     def _exchange(self, body: Sequence[Buffer], bound: Deadline, read: Callable[[Reply, str], Any]) -> Any:
         attempts = _Attempts(self, bound)
         while True:
-            url = attempts.next_url()
+            call = attempts.next_call(body)
             try:
-                reply = self._transport.exchange(Call(url, self._headers.resolve(), body), bound)
-                return read(reply, url.text)
+                return read(self._transport.exchange(call, bound), call.url.text)
             except RemoteOpsError as error:
                 time.sleep(attempts.wait_s(error))
 
@@ -248,11 +248,16 @@ class _Attempts:
         self.since = time.monotonic()
         self.turn = next(endpoint._turn)
 
-    def next_url(self) -> Url:
+    def next_call(self, body: Sequence[Buffer]) -> Call:
+        """The next sending: to the replica whose turn it is, saying how much time is left."""
         urls = self.endpoint._urls
         url = urls[(self.turn + self.number) % len(urls)]
         self.number += 1
-        return url
+        headers = self.endpoint._headers.resolve()
+        left_s = self.bound.remaining()
+        if left_s < math.inf:
+            headers = (*headers, ("X-Request-Timeout-Ms", str(max(0, int(left_s * 1000)))))
+        return Call(url, headers, body)
 
     def wait_s(self, error: RemoteOpsError) -> float:
         """Seconds until the next sending; raises, in full words, if there is none."""

@@ -372,7 +372,7 @@ def _table(data: memoryview, slot: int) -> tuple[int, tuple[int, ...]]:
         raise DecodeError("a vtable lies before the message", offset=at)
     vtable_size, size = _U16x2(data, vtable)
     found = _VTABLE.get(vtable_size if vtable_size < 16 or vtable_size & 1 else 16)
-    if found is None or at + size > len(data) or vtable + vtable_size > len(data):
+    if found is None or size < 4 or at + size > len(data) or vtable + vtable_size > len(data):
         raise DecodeError(f"a table of {size} bytes with a vtable of {vtable_size} bytes does not fit", offset=at)
     unpack, absent = found
     fields = unpack(data, vtable + 4)
@@ -483,11 +483,11 @@ class _Reader:
 
 
 def _empty(shape: tuple[int, ...], wire_type: int, at: int) -> Array:
-    """An array without elements; numpy refuses some, such as one of shape (2**62, 0)."""
-    try:
-        return np.empty(shape, STORED[wire_type])
-    except ValueError as error:
-        raise DecodeError(f"a tensor of shape {list(shape)}: {error}", offset=at) from error
+    """An array without elements, whose other sizes are still such as a message could have."""
+    rest = math.prod(size for size in shape if size) * STORED[wire_type].itemsize
+    if rest > MAX_MESSAGE_BYTES:
+        raise DecodeError(f"a tensor without elements of shape {list(shape)}", offset=at, limit=MAX_MESSAGE_BYTES)
+    return np.empty(shape, STORED[wire_type])
 
 
 def _shape(data: memoryview, slot: int) -> tuple[int, ...]:

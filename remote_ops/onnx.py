@@ -50,6 +50,8 @@ _AS_BITS = {
     "float8_e5m2fnuz": 20,
 }
 _UNSET_VERSION = (0, 2**63 - 1)
+# Older ones follow `../../secret` and absolute paths of external data; Python 3.10 gets none newer.
+_CONFINES_EXTERNAL_DATA = tuple(int(part) for part in ort.__version__.split(".")[:2]) >= (1, 24)
 
 
 class OnnxModel:
@@ -92,6 +94,7 @@ class OnnxModel:
         self._signature = self._read_signature(source, name)
         self._symbols = {node.name: tuple(node.shape) for node in self._session.get_inputs()}
         self._strings = [spec for spec in self._signature.inputs if spec.dtype == "string"]
+        self._gives_strings = any(spec.dtype == "string" for spec in self._signature.outputs)
         self._bits = {spec.name for spec in self._specs() if spec.dtype in _AS_BITS}
         if self._bits and self._strings:
             raise SpecError(
@@ -128,7 +131,7 @@ class OnnxModel:
         config: bytes = b"",
         deadline: Deadline | None = None,
     ) -> dict[str, Array]:
-        """Compute the outputs asked for (None: all), and nothing that only others need.
+        """Run the model, and give the outputs asked for (None: all); onnxruntime computes all of them in any case.
 
         Args:
             inputs: arrays by name, of the signature's dtypes and shapes; any alignment and strides.
@@ -202,9 +205,11 @@ class OnnxModel:
             results = self._session.run(names, arrays)
         except Exception as error:
             raise self._failure(error, arrays) from error
-        for at, spec in enumerate(wanted):
-            if spec.dtype == "string":
-                results[at] = _to_bytes(results[at])
+        if self._gives_strings:
+            kinds = [spec.dtype for spec in wanted]
+            results = [
+                _to_bytes(array) if kind == "string" else array for kind, array in zip(kinds, results, strict=True)
+            ]
         return dict(zip(names, results, strict=True))
 
     def _run_bits(self, arrays: dict[str, Array], names: list[str]) -> dict[str, Array]:
@@ -256,6 +261,8 @@ def _open(source: str | bytes, place: str, device: str, options: Any) -> Any:
         raise SpecError(f"no device '{device}': expected auto, cpu, cuda or cuda:N", path="device")
     if isinstance(source, str) and not os.path.isfile(source):
         raise SpecError("no such file", path=place)
+    if not _CONFINES_EXTERNAL_DATA:
+        _refuse_external_data(source, place)
     there = ort.get_available_providers()
     on_cuda = [(CUDA, {"device_id": match[1] or "0"}), CPU]
     if device == "cpu" or (device == "auto" and CUDA not in there):
@@ -271,6 +278,17 @@ def _open(source: str | bytes, place: str, device: str, options: Any) -> Any:
     if device != "auto" and session.get_providers()[0] != CUDA:
         raise _no_cuda(device, session.get_providers())
     return session
+
+
+def _refuse_external_data(source: str | bytes, place: str) -> None:
+    """Raise `SpecError` where a file may have external data: however it is encoded, its key stands there as it is."""
+    with _mapped(source) as data:
+        if data.find(b"location") >= 0:
+            raise SpecError(
+                f"external data ('location' stands in the file) is read from anywhere by onnxruntime "
+                f"{ort.__version__}: expected 1.24 or newer; pip install -U onnxruntime, or save the weights inside",
+                path=place,
+            )
 
 
 def _session(source: str | bytes, place: str, options: Any, providers: list[Any]) -> Any:
@@ -391,6 +409,9 @@ def _without_shape(source: str | bytes) -> set[str]:
 def _mapped(source: str | bytes) -> Iterator[Any]:
     if isinstance(source, bytes):
         yield source
+        return
+    if not os.path.getsize(source):
+        yield b""  # mmap takes no empty file
         return
     with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         yield data

@@ -38,6 +38,8 @@ __all__ = ["TLS", "Call", "HttpTransport", "Reply", "RequestsTransport", "Transp
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 _IOV_MAX = 512
 _SLICE_BYTES = 1 << 20
+_SPIN_S = 50e-6
+_SOON_S = 1e-3
 _USER_AGENT = "remote-ops/0.1"
 
 
@@ -207,6 +209,7 @@ class _BlockingConnection:
         self._poll.register(self._sock, select.POLLIN)
         self._reader: http1.Reader | None = None
         self.used = False
+        self._answers_soon = False
 
     def _connect(self, context: ssl.SSLContext | None, deadline: Deadline) -> socket.socket:
         since = time.monotonic()
@@ -250,17 +253,27 @@ class _BlockingConnection:
         except (BrokenPipeError, ConnectionResetError) as error:
             failed = error  # it may have answered before it hung up
         since = time.monotonic()
+        self._await_first_byte(since)
         while not reader.complete:
             try:
                 size = self._receive(reader, deadline, since)
             except OSError as error:
                 raise self._gone(reader, error) from error
             if size:
+                if reader.idle:
+                    self._answers_soon = time.monotonic() - since < _SOON_S
                 reader.received(size)
             elif not self._ended_well(reader):
                 raise self._gone(reader, failed)
         self.used = True
         return reader.take()
+
+    def _await_first_byte(self, since: float) -> None:
+        """Look for the answer a little before sleeping, if the last one came soon: waking up costs as much again."""
+        if self._answers_soon:
+            while time.monotonic() - since < _SPIN_S:
+                if self._poll.poll(0):
+                    return
 
     def _ended_well(self, reader: http1.Reader) -> bool:
         try:

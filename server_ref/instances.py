@@ -3,15 +3,16 @@
 It does not know sockets or messages: a job goes in, its outcome comes back on the loop. More threads than the device
 has room for would only add memory and switches.
 
-Constant: the threads. Changing: `_jobs`, a thread-safe queue, and `pending`, touched on the loop only.
+Constant: the threads. Changing: `_waiting`, `_idle` and `_stopped`, guarded by `_lock`; `pending`, touched on the loop
+only.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +32,19 @@ class Job:
         self.cancelled = False
 
 
+class _Lane:
+    """One thread's inbox: a job, and the lock it sleeps on until there is one."""
+
+    __slots__ = ("job", "wake")
+
+    def __init__(self) -> None:
+        self.job: Job | None = None
+        self.wake = threading.Lock()
+        self.wake.acquire()
+
+
 class Lanes:
-    """Threads that take jobs in the order of arrival.
+    """Threads that take jobs in the order of arrival; the one that went idle last is woken first.
 
     Args:
         name: of the threads, for whoever looks at a dump.
@@ -44,21 +56,23 @@ class Lanes:
         self.concurrency = max(1, concurrency)
         self.max_queue = max_queue
         self.pending = 0
+        self._name = name
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._work, name=f"{name}-{index}", daemon=True)
-            for index in range(self.concurrency)
-        ]
+        self._lock = threading.Lock()
+        self._waiting: deque[Job] = deque()
+        self._idle: list[_Lane] = []
+        self._stopped = False
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start the threads; outcomes are delivered on `loop`."""
         self._loop = loop
-        for thread in self._threads:
-            thread.start()
+        for index in range(self.concurrency):
+            lane = _Lane()
+            self._idle.append(lane)
+            threading.Thread(target=self._work, args=(lane,), name=f"{self._name}-{index}", daemon=True).start()
 
     def submit(self, job: Job) -> None:
-        """Queue a job. Call it on the loop.
+        """Hand a job to an idle lane, or queue it. Call it on the loop.
 
         Raises:
             Overloaded: `max_queue` jobs wait or run already.
@@ -66,22 +80,45 @@ class Lanes:
         if self.pending >= self.max_queue:
             raise Overloaded(f"{self.pending} requests wait already: expected at most {self.max_queue}")
         self.pending += 1
-        self._jobs.put(job)
+        with self._lock:
+            if not self._idle:
+                self._waiting.append(job)
+                return
+            lane = self._idle.pop()
+        lane.job = job
+        lane.wake.release()
 
     def stop(self) -> None:
-        """Let the threads end once the queue is empty; a job that runs is not interrupted."""
-        for _ in self._threads:
-            self._jobs.put(None)
+        """Let the threads end; a job that runs is not interrupted, and its outcome is dropped."""
+        with self._lock:
+            self._stopped = True
+            self._waiting.clear()
+            idle, self._idle = self._idle, []
+        for lane in idle:
+            lane.wake.release()
 
-    def _work(self) -> None:
+    def _work(self, lane: _Lane) -> None:
         assert self._loop is not None
-        while (job := self._jobs.get()) is not None:
-            outcome = None if job.cancelled else job.run()
-            try:
-                self._loop.call_soon_threadsafe(self._deliver, job, outcome)
-            except RuntimeError:  # the loop is closed: nobody waits any more
+        while True:
+            lane.wake.acquire()
+            while (job := lane.job) is not None:
+                outcome = None if job.cancelled else job.run()
+                lane.job = self._next(lane)
+                try:
+                    self._loop.call_soon_threadsafe(self._deliver, job, outcome)
+                except RuntimeError:  # the loop is closed: nobody waits any more
+                    return
+                del job, outcome  # while this thread waits, nothing of the last job may stay alive
+            if self._stopped:
                 return
-            del job, outcome  # while this thread waits for the next one, nothing of the last may stay alive
+
+    def _next(self, lane: _Lane) -> Job | None:
+        with self._lock:
+            if self._waiting:
+                return self._waiting.popleft()
+            if not self._stopped:
+                self._idle.append(lane)
+            return None
 
     def _deliver(self, job: Job, outcome: Any) -> None:
         self.pending -= 1

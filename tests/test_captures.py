@@ -30,7 +30,7 @@ MANIFEST: list[dict[str, Any]] = json.loads((CAPTURES / "manifest.json").read_te
 DOCUMENTED_ERRORS = {
     "req-batcher-01.bin": r"type 0 \(Null\)",
     "req-py-33.bin": "ends early",
-    "req-py-34.bin": "",
+    "req-py-34.bin": "ends early",
 }
 STRINGS_WITHOUT_ELEMENTS = {"req-py-22.bin"}  # the 2018 decoder shows them as float64
 
@@ -59,6 +59,14 @@ def assert_holds(array: Array, expected: dict[str, Any], file: str) -> None:
         assert array.tobytes() == base64.b64decode(expected["data_base64"])
 
 
+def bits(tensors: list[Array]) -> list[Any]:
+    """What can be compared even where a tensor holds a NaN."""
+    return [
+        (tensor.dtype, tensor.shape, tensor.tolist() if tensor.dtype == object else tensor.tobytes())
+        for tensor in tensors
+    ]
+
+
 def test_every_recorded_message_is_in_the_manifest() -> None:
     assert {path.name for path in CAPTURES.glob("*.bin")} == {entry["file"] for entry in MANIFEST}
     assert len(MANIFEST) == 82
@@ -85,7 +93,7 @@ def test_a_recorded_request_that_we_write_again_says_the_same(entry: dict[str, A
     assert isinstance(again, InferRequest)
     assert again[:2] == first[:2]
     assert again.output_names == first.output_names
-    assert [tensor.tolist() for tensor in again.tensors] == [tensor.tolist() for tensor in first.tensors]
+    assert bits(again.tensors) == bits(first.tensors)
 
 
 @pytest.mark.parametrize("entry", entries("MetadataRequest"))
@@ -101,7 +109,7 @@ def test_a_recorded_reply_decodes_to_what_its_server_sent(entry: dict[str, Any])
     for tensor, expected in zip(reply.tensors, entry["output_tensors"], strict=True):
         assert_holds(tensor, expected, entry["file"])
     again = decode_response(b"".join(encode_response(reply.tensors)))
-    assert [tensor.tolist() for tensor in again.tensors] == [tensor.tolist() for tensor in reply.tensors]
+    assert bits(again.tensors) == bits(reply.tensors)
 
 
 @pytest.mark.parametrize("entry", entries("MetadataResponse"))

@@ -49,6 +49,7 @@ def answer(
         handler.send_header("Content-Length", str(len(body) if promised is None else promised))
         for name, value in (headers or {}).items():
             handler.send_header(name, value)
+        handler.send_header("Connection", "close")
         handler.end_headers()
         handler.wfile.write(body)
         handler.close_connection = True

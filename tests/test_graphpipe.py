@@ -153,7 +153,7 @@ def test_a_large_tensor_of_short_strings_round_trips() -> None:
     assert got.tolist() == value.tolist()
 
 
-@pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0), (2**40, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0), (2**20, 0)], ids=str)
 @pytest.mark.parametrize("dtype", ["f4", "f8", "O"])
 def test_c07_zero_size_dims_round_trip(dtype: str, shape: tuple[int, ...]) -> None:
     (got,) = decode_response(joined(encode_response([np.empty(shape, dtype)]))).tensors

@@ -27,6 +27,8 @@ from remote_ops.signature import Array, TensorSpec
 MAGIKA = Path(str(resources.files("magika") / "models/standard_v3_3/model.onnx"))
 NO_CUDA = "CUDAExecutionProvider" not in ort.get_available_providers()
 FLOAT = TensorProto.FLOAT
+CONFINES = tuple(int(part) for part in ort.__version__.split(".")[:2]) >= (1, 24)
+REFUSED = "External data path" if CONFINES else "external data .* expected 1.24 or newer"
 
 
 def value(name: str, kind: int, shape: Sequence[int | str | None] | None) -> Any:
@@ -214,22 +216,18 @@ def test_the_callers_dict_is_left_as_it_was() -> None:
     assert before.tolist() == [b"a"]
 
 
-def test_only_the_outputs_asked_for_are_computed() -> None:
-    # `bad` cannot be computed from these inputs: asking for `good` alone must not try.
+def test_only_the_outputs_asked_for_are_given_in_the_order_asked_for() -> None:
     data = model(
-        [("Neg", "x", "good"), ("Reshape", "x to", "bad")],
-        [value("x", FLOAT, ["N"]), value("to", TensorProto.INT64, [1])],
-        [value("good", FLOAT, ["N"]), value("bad", FLOAT, ["K"])],
+        [("Neg", "x", "minus"), ("Abs", "x", "size")],
+        [value("x", FLOAT, ["N"])],
+        [value("minus", FLOAT, ["N"]), value("size", FLOAT, ["N"])],
     )
     servable = OnnxModel(data)
-    inputs = {"x": np.ones(3, np.float32), "to": np.array([7])}
-    assert list(servable.infer(inputs, ["good"])) == ["good"]
+    inputs = {"x": np.array([3], np.float32)}
+    assert servable.infer(inputs, ["size"]) == {"size": [3]}
     assert servable.infer(inputs, []) == {}
-    with pytest.raises(SignatureError, match="cannot be reshaped"):
-        servable.infer(inputs, ["bad"])
-    inputs["to"] = np.array([3])
-    assert list(servable.infer(inputs, ["bad", "good"])) == ["bad", "good"]
-    assert list(servable.infer(inputs)) == ["good", "bad"]
+    assert list(servable.infer(inputs, ["size", "minus"]).items()) == [("size", [3]), ("minus", [-3])]
+    assert list(servable.infer(inputs)) == ["minus", "size"]
 
 
 def test_a_weight_that_is_also_an_input_need_not_be_given() -> None:
@@ -246,10 +244,10 @@ def test_a_weight_that_is_also_an_input_need_not_be_given() -> None:
 def test_inputs_that_do_not_fit_never_reach_onnxruntime(magika: OnnxModel) -> None:
     good = np.zeros((1, 2048), np.int32)
     for inputs in ({}, {"bytes": good, "more": good}, {"bytes": good[:, :9]}, {"bytes": good.astype(np.int64)}):
-        with pytest.raises(SignatureError, match="bytes|more"):
+        with pytest.raises(SignatureError, match=r"bytes|more"):
             magika.infer(inputs)
-    with pytest.raises(SignatureError, match="no output 'label'.*did you mean 'target_label'"):
-        magika.infer({"bytes": good}, ["label"])
+    with pytest.raises(SignatureError, match=r"no output 'target_lable'.*did you mean 'target_label'"):
+        magika.infer({"bytes": good}, ["target_lable"])
     with pytest.raises(DeadlineExceeded, match="model 'model'"):
         magika.infer({"bytes": good}, deadline=Deadline.after(0))
 
@@ -385,10 +383,11 @@ def test_external_data_outside_the_models_folder_is_never_read(tmp_path: Path, l
     (folder / "sub").mkdir(parents=True)
     (folder / "link").symlink_to(secret)
     path = with_external(folder, str(secret) if location == "ABSOLUTE" else location)
-    with pytest.raises(SpecError, match="External data path validation failed"):
+    with pytest.raises(SpecError, match=REFUSED):
         OnnxModel(path)
 
 
+@pytest.mark.skipif(not CONFINES, reason="this onnxruntime would read external data from anywhere")
 def test_external_data_beside_the_model_is_read(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(np.float32(7).tobytes())
     servable = OnnxModel(with_external(tmp_path, "weights.bin"))
@@ -401,7 +400,7 @@ def test_bytes_never_read_external_data_from_the_working_directory(
     (tmp_path / "weights.bin").write_bytes(np.float32(42).tobytes())
     data = with_external(tmp_path, "weights.bin").read_bytes()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SpecError, match="External data path"):
+    with pytest.raises(SpecError, match=REFUSED):
         OnnxModel(data)
 
 
