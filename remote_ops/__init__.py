@@ -5,7 +5,7 @@ The front door: what stands here is what users import. Frameworks come in by the
 """
 
 from remote_ops.client import Endpoint
-from remote_ops.deadline import Deadline, deadline
+from remote_ops.deadline import Deadline
 from remote_ops.errors import (
     BadStatus,
     CodecError,
@@ -65,6 +65,5 @@ __all__ = [
     "SpecError",
     "TensorSpec",
     "TransportError",
-    "deadline",
     "load",
 ]

@@ -329,6 +329,7 @@ def encode_metadata(signature: Signature) -> bytes:
 def _build_io(builder: Any, spec: TensorSpec, string: Callable[[str], int]) -> int:
     row = DTYPES.get(spec.dtype)
     tokens = [f"dtype={row.name}"] if row and row.is_bit_view else []
+    tokens += ["shape=any"] if row and spec.shape is None else []
     tokens += ["differentiable"] if spec.differentiable else []
     name = string(spec.name)
     description = string(" ".join(filter(None, (spec.description, *tokens))))
@@ -381,12 +382,16 @@ def _table(data: memoryview, slot: int) -> tuple[int, tuple[int, ...]]:
     return at, fields + absent
 
 
-def _vector(data: memoryview, slot: int, item_size: int) -> tuple[int, int]:
+class _DataMissing(DecodeError):
+    """The data of a tensor runs past the end."""
+
+
+def _vector(data: memoryview, slot: int, item_size: int, error: type[DecodeError] = DecodeError) -> tuple[int, int]:
     """Follow the offset at `slot` to a vector: its first item and its length, all of it inside the message."""
     at = slot + _U32(data, slot)[0]
     count = _U32(data, at)[0]
     if at + 4 + count * item_size > len(data):
-        raise DecodeError(f"a vector of {count} items of {item_size} bytes runs past the end", offset=at)
+        raise error(f"a vector of {count} items of {item_size} bytes runs past the end", offset=at)
     return at + 4, count
 
 
@@ -451,7 +456,7 @@ class _Reader:
             raise DecodeError(f"a tensor of type {wire_type} ({what}): expected 1 to 12", offset=at)
         if strings_field and _vector(data, at + strings_field, 4)[1]:
             raise DecodeError(f"a tensor of type {STORED[wire_type]} with string_val", offset=at)
-        start, length = _vector(data, at + data_field, 1) if data_field else (0, 0)
+        start, length = _vector(data, at + data_field, 1, _DataMissing) if data_field else (0, 0)
         if length != math.prod(shape) * item_size:
             raise DecodeError(
                 f"a tensor {STORED[wire_type]} {list(shape)}: expected {math.prod(shape) * item_size} bytes of data,"
@@ -497,6 +502,61 @@ def _shape(data: memoryview, slot: int) -> tuple[int, ...]:
     return _SHAPE[rank](data, at)
 
 
+class _Known(NamedTuple):
+    """A message read before, up to the data of its only tensor, which is the rest of it."""
+
+    head: bytes
+    message: Any
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def tensor(self, data: memoryview) -> Array:
+        array: Array = np.ndarray(self.shape, self.dtype, data, len(self.head))
+        return array
+
+
+# By their length. Callers hardly ever change names, dtypes and shapes, and all that is read of a message but the
+# tensor's own bytes lies in its head (`_needs_no_tail`): the same head means the same message, so it need not be
+# verified twice. None stands for a length seen once, which may never come again.
+_REQUESTS: dict[int, _Known | None] = {}
+_RESPONSES: dict[int, _Known | None] = {}
+_MAX_KNOWN = 256
+_MAX_KNOWN_HEAD_BYTES = 1 << 10
+
+
+def _needs_no_tail(head: memoryview, message: InferRequest | InferResponse) -> bool:
+    """Whether all but the tensor's data is read from the head: offsets could also point into the data.
+
+    The data is the last thing read, so without it reading must fail there and not before.
+    """
+    try:
+        _read_request(head) if isinstance(message, InferRequest) else _read_response(head)
+    except _DataMissing:
+        return True
+    except DecodeError:
+        return False
+    return False
+
+
+def _remember(known: dict[int, _Known | None], data: memoryview, message: InferRequest | InferResponse) -> None:
+    if len(message.tensors) != 1:
+        return
+    (tensor,) = message.tensors
+    start = len(data) - tensor.nbytes
+    if not tensor.nbytes or start > _MAX_KNOWN_HEAD_BYTES or tensor.dtype == object:
+        return
+    if known.get(len(data), data) is not None:
+        if len(known) >= _MAX_KNOWN:
+            known.clear()
+        known[len(data)] = None
+        return
+    if np.frombuffer(data, np.uint8)[start:].ctypes.data != tensor.ctypes.data:
+        return  # another peer's layout: the data is not the tail
+    if not _needs_no_tail(data[:start], message):
+        return
+    known[len(data)] = _Known(bytes(data[:start]), message._replace(tensors=[]), tensor.shape, tensor.dtype)
+
+
 def decode_request(message: Buffer) -> InferRequest | MetadataRequest:
     """Read a request; numeric tensors are views of `message`, which they keep alive.
 
@@ -509,9 +569,20 @@ def decode_request(message: Buffer) -> InferRequest | MetadataRequest:
     Raises:
         DecodeError: anything but a valid request.
 
-    Costs about 3 us and a further 2 us per tensor, whatever their size.
+    Costs about 5 us and a further 2 us per tensor, whatever their size; 2 us for one like the last.
     """
     data = _bytes_of(message)
+    known = _REQUESTS.get(len(data))
+    if known is not None and data[: len(known.head)] == known.head:
+        config, input_names, _, output_names = known.message
+        return InferRequest(config, input_names, [known.tensor(data)], output_names)
+    request = _read_request(data)
+    if isinstance(request, InferRequest) and len(request.tensors) == 1:
+        _remember(_REQUESTS, data, request)
+    return request
+
+
+def _read_request(data: memoryview) -> InferRequest | MetadataRequest:
     try:
         at, (tag_field, value_field, _, _, _, _) = _table(data, 0)
         tag = data[at + tag_field] if tag_field else 0
@@ -521,12 +592,13 @@ def decode_request(message: Buffer) -> InferRequest | MetadataRequest:
         if tag == METADATA_REQUEST_TAG:
             return MetadataRequest()
         reader = _Reader(data)
-        return InferRequest(
+        texts = (
             reader.raw(at + config) if config else b"",
             reader.texts(at + input_names) if input_names else (),
-            reader.tensors(at + tensors) if tensors else [],
             reader.texts(at + output_names) if output_names else (),
         )
+        # The tensors come last, as `_remember` relies on.
+        return InferRequest(*texts[:2], reader.tensors(at + tensors) if tensors else [], texts[2])
     except (struct.error, OverflowError) as error:
         raise _ends_early(data) from error
 
@@ -538,6 +610,16 @@ def decode_response(message: Buffer) -> InferResponse:
         DecodeError: anything but a valid InferResponse.
     """
     data = _bytes_of(message)
+    known = _RESPONSES.get(len(data))
+    if known is not None and data[: len(known.head)] == known.head:
+        return InferResponse([known.tensor(data)], [])
+    response = _read_response(data)
+    if len(response.tensors) == 1:
+        _remember(_RESPONSES, data, response)
+    return response
+
+
+def _read_response(data: memoryview) -> InferResponse:
     try:
         at, (tensors, errors, _, _, _, _) = _table(data, 0)
         reader = _Reader(data)
@@ -609,12 +691,12 @@ def _io(reader: _Reader, slot: int) -> TensorSpec:
     reader.spend(32 + 16 * len(sizes), at)
     words = reader.text(at + description).split() if description else []
     dtype = _described_dtype(words, wire_type)
-    tokens = {"differentiable", f"dtype={dtype}"}
+    tokens = {"differentiable", "shape=any", f"dtype={dtype}"}
     try:
         return TensorSpec(
             reader.text(at + name) if name else "",
             dtype,
-            None if wire_type == 0 else sizes,
+            None if wire_type == 0 or "shape=any" in words else sizes,
             " ".join(word for word in words if word not in tokens),
             "differentiable" in words,
         )

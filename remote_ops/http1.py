@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import httptools
@@ -46,7 +47,7 @@ class Head(NamedTuple):
     method: str
     target: str
     status: int
-    headers: dict[str, str]
+    headers: Mapping[str, str]
     keep_alive: bool
     expects_continue: bool
 
@@ -345,7 +346,7 @@ def _parse_head(block: bytes, is_request: bool) -> tuple[Head, int | Literal["ch
     # llhttp also reads HTTP/0.9, HTTP/2.0, RTSP and ICE, skips blank lines before a message, and is content with those.
     first = block[: block.index(b"\r\n")]
     version = (first[-9:] if is_request else b" " + first[:8]).decode("latin-1")
-    if version not in (" HTTP/1.1", " HTTP/1.0"):
+    if version not in (" HTTP/1.1", " HTTP/1.0") or b"\r" in first:
         raise FramingError(f"no HTTP/1.1 or HTTP/1.0 message: it begins {first[:32]!r}")
     version = version[-3:]
     parsed = _Parsed()
@@ -369,7 +370,7 @@ def _parse_head(block: bytes, is_request: bool) -> tuple[Head, int | Literal["ch
         method=parser.get_method().decode("latin-1") if is_request else "",
         target=parsed.target.decode("latin-1"),
         status=status,
-        headers=headers,
+        headers=MappingProxyType(headers),  # messages with equal heads share it
         keep_alive=_keeps_alive(version, headers),
         expects_continue=version == "1.1" and headers.get("expect", "").lower() == "100-continue",
     )

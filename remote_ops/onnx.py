@@ -112,6 +112,11 @@ class OnnxModel:
         return self._signature
 
     @property
+    def never_waits(self) -> bool:
+        """Whether a run only computes, here: then a server need not give a quick one a thread of its own."""
+        return self.device == "cpu"
+
+    @property
     def device(self) -> str:
         """Where it really runs: `cpu` or `cuda:N`."""
         if self._session.get_providers()[0] != CUDA:

@@ -38,8 +38,7 @@ __all__ = ["TLS", "Call", "HttpTransport", "Reply", "RequestsTransport", "Transp
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 _IOV_MAX = 512
 _SLICE_BYTES = 1 << 20
-_SPIN_S = 50e-6
-_SOON_S = 1e-3
+_SOON_S = 300e-6
 _USER_AGENT = "remote-ops/0.1"
 
 
@@ -269,9 +268,9 @@ class _BlockingConnection:
         return reader.take()
 
     def _await_first_byte(self, since: float) -> None:
-        """Look for the answer a little before sleeping, if the last one came soon: waking up costs as much again."""
+        """Watch for the answer instead of sleeping, if the last one came soon: waking up would cost as much again."""
         if self._answers_soon:
-            while time.monotonic() - since < _SPIN_S:
+            while time.monotonic() - since < _SOON_S:
                 if self._poll.poll(0):
                     return
 

@@ -12,6 +12,8 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -44,6 +46,8 @@ log = logging.getLogger("server_ref")
 
 BINARY = "application/octet-stream"
 TEXT = "text/plain; charset=utf-8"
+_QUICK_S = 100e-6
+_QUICK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,16 @@ class Model:
         self.metadata_json = json.dumps(_json_metadata(self.signature), indent=4).encode()
         self.ainfer: Callable[..., Awaitable[dict[str, Array]]] | None = getattr(servable, "ainfer", None)
         self.lanes = Lanes(name or "model", room_for(servable))
+        self._never_waits = bool(getattr(servable, "never_waits", False))
+        self._recent_run_s = math.inf
+
+    def ran(self, seconds: float) -> None:
+        """Take note of how long a run took: the longest of late counts, and fades."""
+        self._recent_run_s = max(seconds, min(self._recent_run_s * 0.9, 1.0))
+
+    def fits_on_loop(self, request_bytes: int) -> bool:
+        """Whether handing the run to a thread would cost more than the run: it computes only, and is known to be quick."""
+        return self._never_waits and self._recent_run_s < _QUICK_S and request_bytes < _QUICK_BYTES
 
 
 def _served_signature(name: str, signature: Signature) -> Signature:
@@ -245,6 +259,11 @@ class Front:
         if model.ainfer is not None:
             connection.task = self.loop.create_task(_finish_async(call, connection))
             return None
+        if model.fits_on_loop(len(message.body)):
+            outcome = call.outcome()
+            if isinstance(outcome, BaseException):
+                raise outcome
+            return Answer(200, BINARY, outcome)
         connection.job = job = Job(call.outcome, connection.reply_outcome)
         model.lanes.submit(job)
         return None
@@ -299,12 +318,15 @@ class _Run(NamedTuple):
 
     def outcome(self) -> list[Buffer] | BaseException:
         """The buffers of the answer, or what went wrong."""
+        since = time.perf_counter()
         try:
             self.deadline.require(f"model '{self.model.name}'")
             results = self.model.servable.infer(self.arrays, self.names, config=self.config, deadline=self.deadline)
             return self.encoded(results)
         except Exception as error:
             return error
+        finally:
+            self.model.ran(time.perf_counter() - since)
 
     async def aoutcome(self) -> list[Buffer] | BaseException:
         """The same for a servable that can be awaited."""
@@ -475,7 +497,7 @@ class Connection(asyncio.BufferedProtocol):
         if size > _WRITE_AT_ONCE_BYTES and not type(transport).__module__.startswith("uvloop"):
             self.task = self.front.loop.create_task(self._write_slowly(transport, parts, keep_alive))
             return
-        if len(parts) == 2 and size < _JOIN_BYTES:
+        if size < _JOIN_BYTES:
             transport.write(b"".join(parts))
         else:
             transport.writelines(parts)

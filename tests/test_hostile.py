@@ -500,6 +500,79 @@ def decode_strings(builder: Any, strings: int, count: int) -> Array:
     return decode_response(builder.Output()).tensors[0]
 
 
+# --------------------------------------------------------------------------- messages like one read before
+
+
+def request_named_by_its_data(name: bytes, *, whole: bool = False) -> bytearray:
+    """A valid request whose input name is read out of its tensor's data, the tail of the message, or is all of it."""
+    layout = Layout()
+    request = layout.table(0, 12, 8, 4)
+    layout.bytes[request + 8] = 1
+    infer = layout.table(request + 4, 12, 0, 4, 8)
+    (name_slot,) = layout.offsets(infer + 4, 1)
+    (slot,) = layout.offsets(infer + 8, 1)
+    tensor = layout.table(slot, 16, 12, 4, 8)
+    layout.bytes[tensor + 12] = 1
+    layout.shape(tensor + 4, len(name) if whole else 8)
+    at = layout.data(tensor + 8, name if whole else struct.pack("<I", len(name)) + name.ljust(4, b"."))
+    layout.point(name_slot, at if whole else at + 4)
+    return layout.bytes
+
+
+def response_shaped_by_its_data(*shape: int) -> bytearray:
+    """The same for a reply whose shape is read out of its tensor's data."""
+    layout = Layout()
+    (slot,) = layout.offsets(layout.table(0, 8, 4) + 4, 1)
+    tensor = layout.table(slot, 16, 12, 4, 8)
+    layout.bytes[tensor + 12] = 1
+    at = layout.data(tensor + 8, struct.pack("<I2q", 2, *shape))
+    layout.point(tensor + 4, at + 4)
+    return layout.bytes
+
+
+def test_a_message_is_read_from_its_own_bytes_however_alike_one_read_before() -> None:
+    for name in (b"aaaa", b"bb", b"aaaa", b""):
+        assert decode_request(request_named_by_its_data(name)).input_names == (name.decode(),)  # type: ignore[union-attr]
+    for name in (b"aaaa", b"bbbb"):
+        got = decode_request(request_named_by_its_data(name, whole=True))
+        assert got.input_names == (name.decode(),)  # type: ignore[union-attr]
+    with pytest.raises(DecodeError, match="not UTF-8"):
+        decode_request(request_named_by_its_data(b"\xff"))
+    for shape in ((4, 5), (2, 10), (20, 1), (4, 5)):
+        assert decode_response(response_shaped_by_its_data(*shape)).tensors[0].shape == shape
+    with pytest.raises(DecodeError, match="negative"):
+        decode_response(response_shaped_by_its_data(-4, -5))
+
+
+@pytest.mark.parametrize("kind", ["numeric request", "one output"])
+def test_a_message_like_one_read_before_is_still_refused_where_its_head_is_damaged(kind: str) -> None:
+    decode, message = {**VALID, "one output": (decode_response, b"".join(encode_response([np.arange(3.0)])))}[kind]
+    for offset in range(len(message) - 24):
+        decode(message)
+        damaged = bytearray(message)
+        damaged[offset] ^= 0xFF
+        first = outcome(decode, damaged)
+        assert outcome(decode, damaged) == first
+        decode(message)
+        assert outcome(decode, damaged) == first
+
+
+def outcome(decode: Decode, message: bytes | bytearray) -> str:
+    try:
+        return repr(decode(message))
+    except DecodeError as error:
+        return str(error)
+
+
+def test_a_message_like_one_read_before_gives_its_own_data() -> None:
+    for n in range(3):
+        message = bytearray(b"".join(encode_request(("x",), [np.full(3, float(n))])))
+        request = decode_request(message)
+        assert isinstance(request, InferRequest)
+        assert request.tensors[0].tolist() == [n] * 3
+        assert lies_inside(request.tensors[0], message)
+
+
 # --------------------------------------------------------------------------- valid messages, damaged
 
 

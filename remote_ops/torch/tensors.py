@@ -19,7 +19,10 @@ __all__ = ["array_of", "tensor_of"]
 Array = npt.NDArray[Any]
 
 # torch and numpy share no bfloat16 or float8: those pass as integers of their size.
-_BITS: dict[int, tuple[torch.dtype, np.dtype[Any]]] = {1: (torch.uint8, np.dtype(np.uint8)), 2: (torch.int16, np.dtype(np.int16))}
+_BITS: dict[int, tuple[torch.dtype, np.dtype[Any]]] = {
+    1: (torch.uint8, np.dtype(np.uint8)),
+    2: (torch.int16, np.dtype(np.int16)),
+}
 _NUMPY_OF = {
     getattr(torch, name): row.numpy
     for name, row in DTYPES.items()
@@ -69,6 +72,8 @@ def tensor_of(array: Array, device: torch.device) -> torch.Tensor:
 
 
 def _usable(array: Array) -> Array:
-    """torch wants aligned, writable memory of the machine's byte order, and warns or misreads otherwise."""
+    """torch wants aligned, writable, unreversed memory in native byte order; else it warns, misreads or fails."""
     flags = array.flags
-    return array if flags.aligned and flags.writeable and array.dtype.isnative else array.copy()
+    if flags.aligned and flags.writeable and flags.forc and array.dtype.isnative:
+        return array
+    return array.astype(array.dtype.newbyteorder("="), order="C")
