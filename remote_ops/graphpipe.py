@@ -43,6 +43,7 @@ Buffer: TypeAlias = "bytes | bytearray | memoryview"
 ALIGNMENT = 64
 MAX_MESSAGE_BYTES = 2**31 - 1
 MAX_TENSORS = 4096
+_MAX_KEPT_CONFIG_BYTES = 1 << 10
 MAX_STRINGS = 10_000_000
 INFER_REQUEST, METADATA_REQUEST_TAG = 1, 2
 
@@ -265,7 +266,8 @@ def encode_request(
     Costs about 2 us whatever the size: the head is kept per (names, dtypes, shapes).
     """
     written = [_written(array) for array in arrays]
-    pieces = _request_head(config, input_names, output_names, tuple([key for key, _ in written]))
+    lay_out = _request_head if len(config) <= _MAX_KEPT_CONFIG_BYTES else _request_head.__wrapped__
+    pieces = lay_out(config, input_names, output_names, tuple([key for key, _ in written]))
     return _interleave(pieces, [buffer for _, buffer in written])
 
 
@@ -545,7 +547,7 @@ def _remember(known: dict[int, _Known | None], data: memoryview, message: InferR
     start = len(data) - tensor.nbytes
     if not tensor.nbytes or start > _MAX_KNOWN_HEAD_BYTES or tensor.dtype == object:
         return
-    if known.get(len(data), data) is not None:
+    if known.get(len(data), False) is not None:  # one look: another thread may clear it between two
         if len(known) >= _MAX_KNOWN:
             known.clear()
         known[len(data)] = None

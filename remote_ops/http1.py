@@ -13,7 +13,6 @@ import contextlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
-from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +25,6 @@ __all__ = ["CONTINUE", "Head", "Limits", "Message", "Reader", "request_head", "r
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _SCRATCH_BYTES = 1 << 16
 _CHUNK_LINE_BYTES = 256
-_KNOWN_HEAD_BYTES = 1 << 10
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?")
 # One header as written: what it may not hold is what would end its line.
 _HEADER_LINE = re.compile(r"[^\r\n\0:]+: [^\r\n\0\u0100-\U0010ffff]*\r\n")
@@ -98,6 +96,8 @@ class Reader:
         self._scratch = memoryview(bytearray(max(_SCRATCH_BYTES, limits.max_head_bytes + 1)))
         self._start = self._end = 0
         self.failure: FramingError | None = None
+        self._last_block = b""
+        self._last_parsed: tuple[Head, int | Literal["chunked"] | None] | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -212,6 +212,16 @@ class Reader:
         return False
 
     def _read_head(self) -> bool:
+        length = len(self._last_block)
+        if length and bytes(self._scratch[self._start : min(self._start + length, self._end)]) == self._last_block:
+            assert self._last_parsed is not None
+            self._start += length
+            self.head = self._last_parsed[0]
+            self._start_body(self._last_parsed[1])
+            return True
+        return self._read_new_head()
+
+    def _read_new_head(self) -> bool:
         pending = bytes(self._scratch[self._start : self._end])
         if self._is_request and pending[:2] == b"\r\n":  # an empty line before a request is tolerated (RFC 9112, 2.2)
             self._start += 2
@@ -225,12 +235,13 @@ class Reader:
         if length == 3:
             return False
         self._start += length
-        parse = _parse_known_head if len(block) <= _KNOWN_HEAD_BYTES else _parse_head
-        head, framing = parse(block, self._is_request)
+        head, framing = _parse_head(block, self._is_request)
         if not self._is_request and 100 <= head.status < 200:
             if head.status == 101:
                 raise FramingError("the peer switched protocols unasked")
             return True
+        # The heads on a connection hardly ever differ, and the same bytes need not be read twice.
+        self._last_block, self._last_parsed = block, (head, framing)
         self.head = head
         self._start_body(framing)
         return True
@@ -377,10 +388,6 @@ def _parse_head(block: bytes, is_request: bool) -> tuple[Head, int | Literal["ch
     if version == "1.1" and is_request and "host" not in headers:
         raise FramingError("no Host header in an HTTP/1.1 request")
     return head, _framing(headers, version)
-
-
-# The heads on a connection hardly ever differ, so the same bytes need not be read twice.
-_parse_known_head = lru_cache(maxsize=256)(_parse_head)
 
 
 def _keeps_alive(version: str, headers: dict[str, str]) -> bool:

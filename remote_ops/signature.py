@@ -80,6 +80,13 @@ def describe(array: Array) -> str:
     return f"{row.name if row else array.dtype.name} {list(array.shape)}"
 
 
+def _loses(natural: Array, wanted: np.dtype[Any] | None) -> bool:
+    """Whether Python numbers would lose what they are as `wanted`: 1.7 as an int64, '3.5' as a float32."""
+    if wanted is None or wanted == object or not natural.size:
+        return False
+    return natural.dtype.kind in "SU" or (natural.dtype.kind in "fc" and wanted.kind in "iub")
+
+
 def _dtype_name(dtype: Any) -> str:
     if isinstance(dtype, str) and (dtype in DTYPES or dtype == "any"):
         return dtype
@@ -185,7 +192,12 @@ class TensorSpec:
 
     def _from_python(self, value: Any, kind: str, at: str) -> Array:
         try:
+            natural = np.asarray(value)
+            if _loses(natural, self._numpy):
+                raise self._misfit(natural, kind, at)
             return np.asarray(value, dtype=self._numpy)
+        except SignatureError:
+            raise
         except (TypeError, ValueError, OverflowError) as error:
             got = type(value).__name__
             raise SignatureError(

@@ -208,6 +208,7 @@ class _BlockingConnection:
         self._poll.register(self._sock, select.POLLIN)
         self._reader: http1.Reader | None = None
         self.used = False
+        self.whole = True
         self._answers_soon = False
 
     def _connect(self, context: ssl.SSLContext | None, deadline: Deadline) -> socket.socket:
@@ -246,13 +247,13 @@ class _BlockingConnection:
             self._reader = http1.Reader("response", allocate=pool.take)
         reader = self._reader
         since = time.monotonic()
+        failed: OSError | None = None
         try:
-            self._send([head, *body], deadline, since)
-            failed: OSError | None = None
+            self.whole = self._send([head, *body], deadline, since)
         except (BrokenPipeError, ConnectionResetError) as error:
-            failed = error  # it may have answered before it hung up
+            self.whole, failed = False, error  # it may have answered before it hung up
         since = time.monotonic()
-        self._await_first_byte(since)
+        self._await_first_byte(deadline, since)
         while not reader.complete:
             try:
                 size = self._receive(reader, deadline, since)
@@ -267,12 +268,14 @@ class _BlockingConnection:
         self.used = True
         return reader.take()
 
-    def _await_first_byte(self, since: float) -> None:
+    def _await_first_byte(self, deadline: Deadline, since: float) -> None:
         """Watch for the answer instead of sleeping, if the last one came soon: waking up would cost as much again."""
         if self._answers_soon:
             while time.monotonic() - since < _SOON_S:
                 if self._poll.poll(0):
                     return
+        if not self._tls:  # which may hold bytes that the socket does not show
+            self._wait(select.POLLIN, deadline, WAITING, since)
 
     def _ended_well(self, reader: http1.Reader) -> bool:
         try:
@@ -295,7 +298,8 @@ class _BlockingConnection:
             except ssl.SSLWantWriteError:
                 self._wait(select.POLLOUT, deadline, READING, since)
 
-    def _send(self, parts: list[Buffer], deadline: Deadline, since: float) -> None:
+    def _send(self, parts: list[Buffer], deadline: Deadline, since: float) -> bool:
+        """Send all of it; False if the peer answers before it has, and so does not want the rest."""
         if self._tls:
             return self._send_tls(parts, deadline, since)
         while parts:
@@ -303,15 +307,16 @@ class _BlockingConnection:
                 sent = self._sock.sendmsg(parts[:_IOV_MAX])
             except BlockingIOError:
                 if self._wait(select.POLLIN | select.POLLOUT, deadline, WRITING, since) & select.POLLIN:
-                    return None  # it answers already: it does not want the rest
+                    return False
                 continue
-            while parts and sent >= len(parts[0]):
-                sent -= len(parts.pop(0))
+            while parts and sent >= (size := len(parts[0])):
+                sent -= size
+                del parts[0]
             if parts and sent:
                 parts[0] = memoryview(parts[0])[sent:]
-        return None
+        return True
 
-    def _send_tls(self, parts: list[Buffer], deadline: Deadline, since: float) -> None:
+    def _send_tls(self, parts: list[Buffer], deadline: Deadline, since: float) -> bool:
         for part in parts:
             view = memoryview(part)
             while view:
@@ -321,10 +326,12 @@ class _BlockingConnection:
                     self._wait(select.POLLOUT, deadline, WRITING, since)
                 except ssl.SSLWantReadError:
                     self._wait(select.POLLIN, deadline, WRITING, since)
+        return True
 
     def _wait(self, events: int, deadline: Deadline, phase: str, since: float) -> int:
         timeout_s = _seconds(deadline, phase, since)
-        self._poll.modify(self._sock, events)
+        if events != select.POLLIN:
+            self._poll.modify(self._sock, events)
         try:
             ready = self._poll.poll(None if timeout_s is None else math.ceil(timeout_s * 1000))
         finally:
@@ -527,7 +534,7 @@ class HttpTransport:
             except BaseException as error:
                 connection.close()
                 raise self._named(error, url) from error.__cause__
-            if message.head.keep_alive:
+            if message.head.keep_alive and connection.whole:
                 self._keep(url, connection)
             else:
                 connection.close()

@@ -26,6 +26,7 @@ from remote_ops import graphpipe, http1
 from remote_ops.buffers import BufferPool
 from remote_ops.deadline import Deadline
 from remote_ops.errors import (
+    EncodeError,
     FramingError,
     InternalError,
     InvalidRequest,
@@ -341,9 +342,9 @@ class _Run(NamedTuple):
     def encoded(self, results: Mapping[str, Any]) -> list[Buffer]:
         try:
             fitted = self.model.signature.fit_outputs(results, self.wanted)
-        except (SignatureError, TypeError, AttributeError) as error:
+            return graphpipe.encode_response(list(fitted.values()))
+        except (SignatureError, EncodeError, TypeError, AttributeError) as error:
             raise InternalError(f"model '{self.model.name}' breaks its own signature: {error}") from error
-        return graphpipe.encode_response(list(fitted.values()))
 
 
 async def _finish_async(call: _Run, connection: Connection) -> None:

@@ -40,7 +40,7 @@ def entries(message: str) -> list[Any]:
 
 
 def read(entry: dict[str, Any]) -> bytes:
-    message = (CAPTURES / entry["file"]).read_bytes()
+    message: bytes = (CAPTURES / entry["file"]).read_bytes()
     assert len(message) == entry["bytes"]
     return message
 

@@ -57,7 +57,7 @@ def test_what_is_no_length_of_time_is_refused(timeout_s: Any) -> None:
 
 def test_numpy_and_whole_numbers_are_lengths_of_time() -> None:
     clock = Clock()
-    assert Deadline.after(np.float32(0.5), clock=clock).remaining() == 0.5  # type: ignore[arg-type]
+    assert Deadline.after(np.float32(0.5), clock=clock).remaining() == 0.5
     assert Deadline.after(3, clock=clock).remaining() == 3
 
 

@@ -594,7 +594,7 @@ def test_we_read_the_metadata_that_the_2018_code_writes() -> None:
     assert decode_metadata(convert.serialize_metadata_response(fields)) == Signature(
         (expected,), (expected,), "m", "1", "s", "d"
     )
-    sparse = {"inputs": [], "outputs": []}
+    sparse: dict[str, Any] = {"inputs": [], "outputs": []}
     assert decode_metadata(convert.serialize_metadata_response(sparse)) == Signature((), ())
 
 

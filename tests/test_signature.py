@@ -66,7 +66,7 @@ def test_what_is_no_shape_is_refused(shape: Any) -> None:
 
 
 def test_a_shape_may_hold_any_whole_numbers() -> None:
-    assert TensorSpec("x", "float32", [np.int64(3), -1, 0]).shape == (3, -1, 0)  # type: ignore[arg-type, list-item]
+    assert TensorSpec("x", "float32", [np.int64(3), -1, 0]).shape == (3, -1, 0)  # type: ignore[arg-type]
     assert TensorSpec("x", "float32", (2**63 - 1,)).shape == (2**63 - 1,)
     assert TensorSpec("x", "float32", None).shape is None
 

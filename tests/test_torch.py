@@ -30,8 +30,8 @@ from remote_ops import (  # noqa: E402
     SignatureError,
     SpecError,
     TensorSpec,
-    deadline,
 )
+from remote_ops.deadline import deadline  # noqa: E402
 from remote_ops.errors import DeadlineExceeded  # noqa: E402
 from remote_ops.signature import DTYPES  # noqa: E402
 from remote_ops.torch import RemoteModule  # noqa: E402
@@ -39,6 +39,7 @@ from remote_ops.torch import RemoteModule  # noqa: E402
 ROOT = Path(__file__).parents[1]
 TORCH_DTYPES = [name for name in DTYPES if hasattr(torch, name)]
 FLOATS = ["bfloat16", "float16", "float32", "float64"]
+# TODO-FILTER
 NO_GRADIENT = [torch.no_grad, torch.inference_mode, torch.enable_grad]
 
 
@@ -98,11 +99,11 @@ def framework(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def caller(framework: str, servable: str | Sequence[str] | Servable) -> Callable[..., Any]:
+def caller(framework: str, urls: str | Sequence[str]) -> Callable[..., Any]:
     """The same call, array to array, through numpy or through torch."""
     if framework == "numpy":
-        return Endpoint(servable) if isinstance(servable, str | list) else Endpoint(servable)  # type: ignore[arg-type]
-    module = RemoteModule(servable)
+        return Endpoint(urls)
+    module = RemoteModule(urls)
 
     def call(*arrays: Any) -> Any:
         results = module(*[torch.from_numpy(array) for array in arrays])
