@@ -151,7 +151,7 @@ class Front:
         self.connections: set[Connection] = set()
         self.ready = False
         self.alive = True
-        self.draining = False
+        self.draining = False  # then every answer closes its connection
         self._only = next(iter(self.models.values())) if len(self.models) == 1 else None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -176,14 +176,13 @@ class Front:
 
     @property
     def in_flight(self) -> int:
-        """How many requests are being answered now."""
-        return sum(connection.busy for connection in self.connections)
+        """How many requests are being received or answered now."""
+        return sum(connection.in_request for connection in self.connections)
 
     def close_idle(self) -> None:
         """Close the connections that wait for nothing, as a drain does."""
-        self.draining = True
         for connection in tuple(self.connections):
-            if not connection.busy:
+            if not connection.in_request:
                 connection.close()
 
     def _sweep(self) -> None:
@@ -390,6 +389,11 @@ class Connection(asyncio.BufferedProtocol):
         self._drained: asyncio.Future[None] | None = None
         self._lingering = False
 
+    @property
+    def in_request(self) -> bool:
+        """Whether part of a request is here, or its answer is not yet sent."""
+        return self.busy or not self.reader.idle or self._writing_paused
+
     # the loop calls these
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -400,7 +404,7 @@ class Connection(asyncio.BufferedProtocol):
         self._expire_after(self.front.timeouts.head_s)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return _DISCARD if self._lingering else self.reader.buffer()
+        return _DISCARD if self._lingering or self.reader.failure is not None else self.reader.buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._lingering or self.reader.failure is not None:

@@ -126,6 +126,7 @@ class Server:
             Whether every request was answered.
         """
         self.front.ready = False
+        self.front.draining = True  # every answer from now on asks its client to connect anew, elsewhere
         await asyncio.sleep(grace_s)
         if self._listener is not None:
             self._listener.close()
