@@ -1,6 +1,6 @@
 """Serve a trained model; call it from numpy and as a layer of a torch model; check both against onnxruntime.
 
-Needs pip install 'remote-ops[torch,onnx,server]' magika (a package with a 3 MB model that names the type of a file)."""
+Needs, in a checkout: pip install '.[torch,onnx,server]' magika   (magika brings a 3 MB model that names file types)."""
 
 import json
 import time

@@ -18,9 +18,8 @@ import select
 import socket
 import ssl
 import time
-import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 from urllib.parse import unquote, urlsplit
@@ -65,14 +64,17 @@ class Url(NamedTuple):
             SpecError: no such URL, or one that carries a user name or a password.
         """
         full = text
-        parts = urlsplit(full)
-        text = full.split("?")[0] + ("?..." if parts.query else "")
-        if parts.scheme not in ("http", "https", "http+unix"):
-            raise SpecError(f"no URL of a model: expected http://, https:// or http+unix://, got {text!r}", path="url")
+        try:
+            parts = urlsplit(full)
+        except ValueError:  # its text may hold what the URL holds
+            raise SpecError("no URL of a model: it is malformed", path="url") from None
         if "@" in parts.netloc:
             raise SpecError(
                 "a URL with a user name or password: pass headers={'Authorization': ...} instead", path="url"
             )
+        text = full.split("?")[0] + ("?..." if parts.query else "")
+        if parts.scheme not in ("http", "https", "http+unix"):
+            raise SpecError(f"no URL of a model: expected http://, https:// or http+unix://, got {text!r}", path="url")
         if any(ord(char) <= 32 or ord(char) == 127 for char in full):
             raise SpecError(f"a URL with a space or a control character: {text!r}", path="url")
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -190,6 +192,10 @@ WAITING = "waiting for the first byte"
 READING = "receiving the answer"
 
 
+class _Answered(Exception):
+    """The answer came before all of the request was sent; never leaves this module."""
+
+
 class _Stale(Exception):
     """A kept connection that the peer had closed before it saw this request; never leaves this module."""
 
@@ -249,14 +255,19 @@ class _BlockingConnection:
         since = time.monotonic()
         failed: OSError | None = None
         try:
-            self.whole = self._send([head, *body], deadline, since)
-        except (BrokenPipeError, ConnectionResetError) as error:
+            self.whole = self._send([head, *body], reader, deadline, since)
+        except DeadlineExceeded:
+            raise
+        except OSError as error:
             self.whole, failed = False, error  # it may have answered before it hung up
         since = time.monotonic()
-        self._await_first_byte(deadline, since)
+        if reader.idle:
+            self._await_first_byte(deadline, since)
         while not reader.complete:
             try:
                 size = self._receive(reader, deadline, since)
+            except DeadlineExceeded:
+                raise
             except OSError as error:
                 raise self._gone(reader, error) from error
             if size:
@@ -298,7 +309,7 @@ class _BlockingConnection:
             except ssl.SSLWantWriteError:
                 self._wait(select.POLLOUT, deadline, READING, since)
 
-    def _send(self, parts: list[Buffer], deadline: Deadline, since: float) -> bool:
+    def _send(self, parts: list[Buffer], reader: http1.Reader, deadline: Deadline, since: float) -> bool:
         """Send all of it; False if the peer answers before it has, and so does not want the rest."""
         if self._tls:
             return self._send_tls(parts, deadline, since)
@@ -306,7 +317,8 @@ class _BlockingConnection:
             try:
                 sent = self._sock.sendmsg(parts[:_IOV_MAX])
             except BlockingIOError:
-                if self._wait(select.POLLIN | select.POLLOUT, deadline, WRITING, since) & select.POLLIN:
+                events = self._wait(select.POLLIN | select.POLLOUT, deadline, WRITING, since)
+                if events & select.POLLIN and self._answers_already(reader):
                     return False
                 continue
             while parts and sent >= (size := len(parts[0])):
@@ -315,6 +327,12 @@ class _BlockingConnection:
             if parts and sent:
                 parts[0] = memoryview(parts[0])[sent:]
         return True
+
+    def _answers_already(self, reader: http1.Reader) -> bool:
+        """Whether what came while we send is more than an interim answer."""
+        size = self._sock.recv_into(reader.buffer())
+        reader.received(size)
+        return not size or not reader.idle
 
     def _send_tls(self, parts: list[Buffer], deadline: Deadline, since: float) -> bool:
         for part in parts:
@@ -394,6 +412,8 @@ class _AsyncConnection(asyncio.BufferedProtocol):
         self._writable: asyncio.Future[None] | None = None
         self._paused = False
         self._lost: BaseException | None = None
+        self._cut_short = False
+        self.idle_since = 0.0
 
     # the loop calls these
 
@@ -422,7 +442,6 @@ class _AsyncConnection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = exc or ConnectionResetError("closed by the peer")
-        self.resume_writing()
         self._fail(_Stale() if self.used and self._reader.idle else _lost(self.url, exc, self.phase))
 
     def pause_writing(self) -> None:
@@ -430,6 +449,9 @@ class _AsyncConnection(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._paused = False
+        self._wake_writer()
+
+    def _wake_writer(self) -> None:
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
 
@@ -441,7 +463,16 @@ class _AsyncConnection(asyncio.BufferedProtocol):
             self._transport is None or self._lost is not None or self._transport.is_closing() or not self._reader.idle
         )
 
+    @property
+    def whole(self) -> bool:
+        """Whether all of the request is sent: the peer would read the rest as the beginning of the next one."""
+        return not self._cut_short and self._transport is not None and not self._transport.get_write_buffer_size()
+
     def close(self) -> None:
+        if self.phase is WAITING and not self.whole:
+            self.phase = WRITING
+        if self._answer is not None:
+            self._answer.cancel()
         if self._transport is not None:
             self._transport.abort()
 
@@ -449,7 +480,10 @@ class _AsyncConnection(asyncio.BufferedProtocol):
         self.phase = WRITING
         assert self._transport is not None
         self._answer = asyncio.get_running_loop().create_future()
-        await write_buffers(self._transport, [head, *body], self._drained)
+        try:
+            await write_buffers(self._transport, [head, *body], self._drained)
+        except _Answered:
+            self._cut_short = True
         if self.phase is WRITING:
             self.phase = WAITING
         try:
@@ -458,20 +492,25 @@ class _AsyncConnection(asyncio.BufferedProtocol):
             self.used = True
 
     async def _drained(self) -> None:
-        if self._paused and self._lost is None:
+        assert self._answer is not None
+        if self._paused and not self._answer.done():
             self._writable = asyncio.get_running_loop().create_future()
             await self._writable
+        if self._answer.done():
+            raise _Answered
 
     def _finish(self) -> None:
         message = self._reader.take()
         if self._answer is not None and not self._answer.done():
             self._answer.set_result(message)
+            self._wake_writer()
         elif self._transport is not None:
             self._transport.abort()  # an answer that nobody asked for
 
     def _fail(self, error: BaseException) -> None:
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(error)
+        self._wake_writer()
         if self._transport is not None:
             self._transport.abort()
 
@@ -492,6 +531,27 @@ async def _open(url: Url, context: ssl.SSLContext | None, pool: BufferPool) -> _
     if sock is not None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection
+
+
+class _LoopPool:
+    """The idle connections of one loop. They end with it: its `shutdown_asyncgens`, which `asyncio.run` calls, ends
+    the guard. A connection that outlives its loop stays open for ever, or keeps uvloop from closing.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[str, deque[_AsyncConnection]] = {}
+        self.guard = self._until_the_loop_ends()
+
+    async def _until_the_loop_ends(self) -> AsyncGenerator[None, None]:
+        try:
+            yield
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        for kept in self.kept.values():
+            while kept:
+                kept.pop().close()
 
 
 # --------------------------------------------------------------------------- the transports
@@ -517,8 +577,7 @@ class HttpTransport:
         self._pid = os.getpid()
         self._context: ssl.SSLContext | None = None
         self._idle: dict[str, deque[tuple[float, _BlockingConnection]]] = {}
-        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, deque[_AsyncConnection]]]
-        self._loops = weakref.WeakKeyDictionary()
+        self._loops: dict[asyncio.AbstractEventLoop, _LoopPool] = {}
 
     def exchange(self, call: Call, deadline: Deadline) -> Reply:
         """Send and receive on this thread."""
@@ -558,11 +617,14 @@ class HttpTransport:
                 raise self._named(error, call.url) from error.__cause__
 
     async def _attempt(self, call: Call, head: bytes, used: list[_AsyncConnection]) -> Reply:
-        kept = self._kept_on_loop(call.url)
+        kept = await self._kept_on_loop(call.url)
         connection = None
         while kept and connection is None:
             candidate = kept.pop()
-            connection = None if candidate.dead else candidate
+            if candidate.dead or time.monotonic() - candidate.idle_since >= self._idle_s:
+                candidate.close()
+            else:
+                connection = candidate
         if connection is None:
             connection = await _open(call.url, self._tls_context(call.url), self._buffers)
         used.append(connection)
@@ -571,7 +633,8 @@ class HttpTransport:
         except BaseException:
             connection.close()
             raise
-        if message.head.keep_alive and len(kept) < self._max_idle:
+        if message.head.keep_alive and connection.whole and len(kept) < self._max_idle:
+            connection.idle_since = time.monotonic()
             kept.append(connection)
         else:
             connection.close()
@@ -582,12 +645,9 @@ class HttpTransport:
         for connections in self._idle.values():
             while connections:
                 connections.pop()[1].close()
-        for loop, by_url in list(self._loops.items()):
-            for kept in by_url.values():
-                while kept:
-                    connection = kept.pop()
-                    if not loop.is_closed():
-                        loop.call_soon_threadsafe(connection.close)
+        for loop, pool in list(self._loops.items()):
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(pool.close)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"tls": self._tls, "max_idle": self._max_idle, "idle_s": self._idle_s}
@@ -622,11 +682,17 @@ class HttpTransport:
         while len(connections) > self._max_idle:
             connections.popleft()[1].close()
 
-    def _kept_on_loop(self, url: Url) -> deque[_AsyncConnection]:
+    async def _kept_on_loop(self, url: Url) -> deque[_AsyncConnection]:
         if os.getpid() != self._pid:
             self._forget()
         loop = asyncio.get_running_loop()
-        return self._loops.setdefault(loop, {}).setdefault(_address(url), deque())
+        pool = self._loops.get(loop)
+        if pool is None:
+            for other in [other for other in list(self._loops) if other.is_closed()]:
+                self._loops.pop(other, None)
+            pool = self._loops[loop] = _LoopPool()
+            await anext(pool.guard)
+        return pool.kept.setdefault(_address(url), deque())
 
     @staticmethod
     def _named(error: BaseException, url: Url) -> BaseException:
@@ -638,6 +704,25 @@ class HttpTransport:
 
 def _address(url: Url) -> str:
     return f"{url.scheme}|{url.host}|{url.port}|{url.unix_path}"
+
+
+def _of_requests(error: requests.RequestException, url: Url, since: float) -> TransportError:
+    """Our error for one of requests, whose own text shows the whole URL, its query included."""
+    import requests
+    from urllib3.exceptions import MaxRetryError, ReadTimeoutError
+
+    outer = error.args[0] if error.args else None
+    cause = getattr(outer, "reason", outer)
+    if isinstance(error, requests.ConnectTimeout):
+        return _expired(CONNECTING, since)
+    if isinstance(error, requests.Timeout) or isinstance(cause, ReadTimeoutError):
+        return _expired(WAITING, since)
+    reason = f"{type(error).__name__}: {cause}" if isinstance(cause, Exception) else type(error).__name__
+    if isinstance(error, requests.ConnectionError) and isinstance(outer, MaxRetryError):
+        return _refused(url, OSError(reason))
+    if isinstance(error, requests.ConnectionError | requests.exceptions.ChunkedEncodingError):
+        return _lost(url, OSError(reason), WAITING)
+    return TransportError(f"{reason} - at {url.text}")
 
 
 class RequestsTransport:
@@ -658,13 +743,12 @@ class RequestsTransport:
         left = _seconds(deadline, CONNECTING, since)
         headers = {"Content-Type": "application/octet-stream", "User-Agent": _USER_AGENT, **dict(call.headers)}
         try:
-            answer = self._session.post(call.url.full, data=b"".join(call.body), headers=headers, timeout=left)
-        except requests.Timeout as error:
-            raise _expired(WAITING, since) from error
-        except requests.ConnectionError as error:
-            raise _refused(call.url, error) from error
+            # A redirect would turn the POST into a GET.
+            answer = self._session.post(
+                call.url.full, data=b"".join(call.body), headers=headers, timeout=left, allow_redirects=False
+            )
         except requests.RequestException as error:
-            raise TransportError(f"{type(error).__name__}: {error} - at {call.url.text}") from error
+            raise _of_requests(error, call.url, since) from error
         lowered = {name.lower(): value for name, value in answer.headers.items()}
         return Reply(answer.status_code, lowered, memoryview(bytearray(answer.content)))
 
