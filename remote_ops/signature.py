@@ -82,7 +82,7 @@ def describe(array: Array) -> str:
 
 def _loses(natural: Array, wanted: np.dtype[Any] | None) -> bool:
     """Whether Python numbers would lose what they are as `wanted`: 1.7 as an int64, '3.5' as a float32."""
-    if wanted is None or wanted == object or not natural.size:
+    if wanted is None or wanted.kind == "O" or not natural.size:
         return False
     return natural.dtype.kind in "SU" or (natural.dtype.kind in "fc" and wanted.kind in "iub")
 

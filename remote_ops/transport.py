@@ -177,7 +177,11 @@ def _expired(phase: str, since: float) -> DeadlineExceeded:
 
 def _refused(url: Url, error: BaseException) -> ConnectError:
     where = url.unix_path or f"{url.host}:{url.port}"
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+    reason = str(error) or type(error).__name__
+    if isinstance(error, ConnectionError) and error.errno:
+        reason = os.strerror(error.errno)  # asyncio puts the address there
+    elif isinstance(error, OSError) and error.strerror:
+        reason = error.strerror
     return ConnectError(f"cannot connect to {where} ({reason}) - at {url.text}")
 
 
@@ -241,8 +245,10 @@ class _BlockingConnection:
         raise _refused(self.url, last) from last
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, AttributeError):  # no socket yet, if connecting failed
             self._sock.close()
+
+    __del__ = close  # an endpoint that is dropped takes its kept connections along
 
     def dead(self) -> bool:
         """Whether the peer has closed it, or sent what nobody asked for."""
@@ -277,7 +283,9 @@ class _BlockingConnection:
             elif not self._ended_well(reader):
                 raise self._gone(reader, failed)
         self.used = True
-        return reader.take()
+        message = reader.take()
+        self.whole = self.whole and reader.idle  # what follows an answer unasked is no answer to the next call
+        return message
 
     def _await_first_byte(self, deadline: Deadline, since: float) -> None:
         """Watch for the answer instead of sleeping, if the last one came soon: waking up would cost as much again."""

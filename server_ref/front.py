@@ -20,7 +20,6 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy.typing as npt
-from remote_ops.servable import Servable
 
 from remote_ops import graphpipe, http1
 from remote_ops.buffers import BufferPool
@@ -35,6 +34,7 @@ from remote_ops.errors import (
     SignatureError,
     answer_of,
 )
+from remote_ops.servable import Servable
 from remote_ops.signature import DTYPES, Signature, TensorSpec
 from remote_ops.transport import write_buffers
 from server_ref.instances import Job, Lanes, room_for
@@ -93,7 +93,7 @@ class Model:
         self._recent_run_s = max(seconds, min(self._recent_run_s * 0.9, 1.0))
 
     def fits_on_loop(self, request_bytes: int) -> bool:
-        """Whether handing the run to a thread would cost more than the run: it computes only, and is known to be quick."""
+        """Whether handing the run to a thread would cost more than the run: it only computes, and is known as quick."""
         return self._never_waits and self._recent_run_s < _QUICK_S and request_bytes < _QUICK_BYTES
 
 
@@ -223,7 +223,8 @@ class Front:
         if model is not None and version in ("", model.signature.version):
             return model
         if model is not None:
-            raise ModelNotFound(f"no version '{version}' of model '{name}': there is '{model.signature.version}'")
+            there_is = f"there is '{model.signature.version}'" if model.signature.version else "it has no versions"
+            raise ModelNotFound(f"no version '{version}' of model '{name}': {there_is}")
         close = get_close_matches(name, self.models, 1)
         hint = f"; did you mean '/{close[0]}'?" if close else ""
         raise ModelNotFound(f"no model '/{name}': there are {', '.join(f'/{known}' for known in self.models)}{hint}")

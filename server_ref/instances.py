@@ -101,14 +101,16 @@ class Lanes:
         assert self._loop is not None
         while True:
             lane.wake.acquire()
-            while (job := lane.job) is not None:
+            job, lane.job = lane.job, None
+            while job is not None:
                 outcome = None if job.cancelled else job.run()
-                lane.job = self._next(lane)
+                following = self._next(lane)  # if there is none, `lane.job` is the loop's to set from now on
                 try:
                     self._loop.call_soon_threadsafe(self._deliver, job, outcome)
                 except RuntimeError:  # the loop is closed: nobody waits any more
                     return
-                del job, outcome  # while this thread waits, nothing of the last job may stay alive
+                job = following
+                del following, outcome  # while this thread waits, nothing of the last job may stay alive
             if self._stopped:
                 return
 

@@ -18,10 +18,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from remote_ops.servable import Servable
-
 from remote_ops import http1
 from remote_ops.errors import SpecError
+from remote_ops.servable import Servable
 from server_ref.front import Front, Timeouts
 
 __all__ = ["Server", "running", "serve"]

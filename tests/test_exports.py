@@ -54,9 +54,7 @@ def test_every_exported_name_has_a_docstring(door: str) -> None:
 
 def test_remote_ops_exports_its_faces_and_every_error() -> None:
     errors = importlib.import_module("remote_ops.errors")
-    own = [
-        kind for _, kind in inspect.getmembers(errors, inspect.isclass) if kind.__module__ == errors.__name__
-    ]
+    own = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if kind.__module__ == errors.__name__]
     raised = {kind.__name__ for kind in own if issubclass(kind, Exception)}
     assert raised
     assert (FACES | raised) - set(exports_of("remote_ops")) == set()

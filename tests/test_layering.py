@@ -117,11 +117,7 @@ def faults_in(file: str, source: str) -> Iterator[str]:
 def faults(root: Path) -> list[str]:
     """What is wrong with every module of the three packages below `root`."""
     paths = sorted(path for package in PACKAGES for path in (root / package).rglob("*.py"))
-    return [
-        fault
-        for path in paths
-        for fault in faults_in(path.relative_to(root).as_posix(), path.read_text("utf-8"))
-    ]
+    return [fault for path in paths for fault in faults_in(path.relative_to(root).as_posix(), path.read_text("utf-8"))]
 
 
 def write(root: Path, file: str, source: str) -> None:
@@ -167,9 +163,7 @@ def test_every_package_is_read(package: str) -> None:
         ("remote_ops/utils.py", "", "no room called 'utils'"),
     ],
 )
-def test_an_import_that_points_the_wrong_way_is_caught(
-    tmp_path: Path, file: str, source: str, fault: str
-) -> None:
+def test_an_import_that_points_the_wrong_way_is_caught(tmp_path: Path, file: str, source: str, fault: str) -> None:
     write(tmp_path, file, source)
     (found,) = faults(tmp_path)
     assert found.startswith(f"{file}:")

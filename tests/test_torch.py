@@ -36,9 +36,6 @@ from remote_ops.errors import DeadlineExceeded  # noqa: E402
 from remote_ops.signature import DTYPES  # noqa: E402
 from remote_ops.torch import RemoteModule  # noqa: E402
 
-# An endpoint that is dropped leaves its idle sockets to the garbage collector, which warns.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
-
 ROOT = Path(__file__).parents[1]
 TORCH_DTYPES = [name for name in DTYPES if hasattr(torch, name)]
 FLOATS = ["bfloat16", "float16", "float32", "float64"]

@@ -24,7 +24,7 @@ import pytest
 import requests
 import trustme
 import uvloop
-from rawpeer import WAIT_S, Conversation, Message, Peer, Script, echoing, peer, read_head, unreachable, until
+from rawpeer import WAIT_S, Conversation, Message, Script, echoing, peer, read_head, unreachable, until
 
 from remote_ops.deadline import Deadline
 from remote_ops.errors import (
@@ -93,7 +93,8 @@ def once(misbehave: Script) -> Script:
 
 
 def test_a_body_of_many_buffers_arrives_whole_and_in_order(wire: Wire) -> None:
-    parts = [bytes([index % 251]) * size for index, size in enumerate([0, 1, 70_000, 3 << 20, 0, 7] * 200)][:700]
+    sizes = [0, 1, 7_000, 0, 7] * 140 + [3 << 20, 0, 5 << 20]
+    parts = [bytes([index % 251]) * size for index, size in enumerate(sizes)]
     call_bytes = b"".join(parts)
     with peer(echoing) as there:
         url = Url.parse(there.url)
@@ -137,15 +138,17 @@ def test_c24_a_unix_socket_carries_calls(wire: Wire, tmp_path: Path) -> None:
 
         def serve() -> None:
             sock, _ = listener.accept()
-            with sock, contextlib.closing(Conversation(sock, 1).file):
-                echoing(Conversation(sock, 1))
+            conversation = Conversation(sock, 1)
+            echoing(conversation)
+            conversation.hang_up()
 
         thread = threading.Thread(target=serve)
         thread.start()
         url = f"http+unix://{quote(str(path), safe='')}/model"
         assert wire.send(url, b"one").body == b"one"
         assert wire.send(url, b"two").body == b"two"
-        wire.close()
+        wire.transport.close()
+        wire.turn_loop()
         thread.join(WAIT_S)
 
 
@@ -191,7 +194,7 @@ def test_https_with_an_own_ca_carries_large_calls(wire: Wire, certificates: Cert
         assert wire.send(there.url, body).body == body
         assert wire.send(there.url, b"again").body == b"again"
         assert there.connections == 1
-        wire.close() if wire.loop is None else wire.transport.close()
+        wire.transport.close()
         wire.turn_loop()
 
 
@@ -249,12 +252,6 @@ def test_certificates_that_do_not_load_are_named(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- deadlines, phase by phase
 
 
-@contextlib.contextmanager
-def blackhole(over: str) -> Iterator[str]:
-    with unreachable() as url:
-        yield url
-
-
 def reads_nothing(conversation: Conversation) -> None:
     conversation.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     conversation.file.read(1)
@@ -292,7 +289,7 @@ def stop() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stopping(there: Peer) -> Iterator[None]:
+def stopping() -> Iterator[None]:
     try:
         yield
     finally:
@@ -320,7 +317,11 @@ def test_a_deadline_while_connecting_names_the_phase_and_is_kept(wire: Wire) -> 
 
 
 def test_a_deadline_while_shaking_hands_names_the_phase_and_is_kept(wire: Wire) -> None:
-    with peer(lambda conversation: conversation.sock.recv(1) and STOP.wait(WAIT_S) or None) as there, stopping(there):
+    def script(conversation: Conversation) -> None:
+        conversation.sock.recv(1)
+        STOP.wait(WAIT_S)
+
+    with peer(script) as there, stopping():
         fails_in_time(wire, there.url.replace("http:", "https:"), b"ping", "connecting")
 
 
@@ -328,7 +329,7 @@ def test_a_deadline_while_shaking_hands_names_the_phase_and_is_kept(wire: Wire) 
 def test_a_deadline_names_its_phase_and_is_kept_and_the_next_call_works(
     wire: Wire, script: Script, phase: str, body: bytes | memoryview
 ) -> None:
-    with peer(once(script)) as there, stopping(there):
+    with peer(once(script)) as there, stopping():
         fails_in_time(wire, there.url, body, phase)
         assert wire.send(there.url, b"next").body == b"next"
 
@@ -342,7 +343,7 @@ def test_a_deadline_holds_on_a_kept_connection(wire: Wire) -> None:
         else:
             echoing(conversation)
 
-    with peer(script) as there, stopping(there):
+    with peer(script) as there, stopping():
         assert wire.send(there.url).body == b"first"
         fails_in_time(wire, there.url, b"ping", "waiting for the first byte")
         assert wire.send(there.url, b"next").body == b"next"
@@ -351,7 +352,7 @@ def test_a_deadline_holds_on_a_kept_connection(wire: Wire) -> None:
 @pytest.mark.parametrize("script", [reads_nothing, answers_nothing])
 def test_a_deadline_holds_over_tls(wire: Wire, certificates: Certificates, script: Script) -> None:
     wire.trust(TLS(ca=certificates.ca))
-    with peer(script, tls=certificates.server(False)) as there, stopping(there):
+    with peer(script, tls=certificates.server(False)) as there, stopping():
         fails_in_time(wire, there.url, MANY if script is reads_nothing else b"ping", "sending|waiting")
 
 
@@ -389,7 +390,8 @@ FAILURES = [
         says(OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhel"), ConnectionLost, "receiving", id="dies-mid-chunk"
     ),
     pytest.param(
-        says(OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"), ConnectionLost, "receiving", id="dies-unfinished"
+        says(OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"),
+        ConnectionLost, "receiving", id="dies-unfinished",
     ),
     pytest.param(says(b"\x16\x03\x01\x00\xff garbage\r\n\r\n", stay=True), FramingError, "HTTP/1.1", id="garbage"),
     pytest.param(says(b"SSH-2.0-OpenSSH_9.6\r\n\r\n", stay=True), FramingError, "HTTP/1.1", id="another-protocol"),
@@ -402,17 +404,17 @@ FAILURES = [
     ),
     pytest.param(
         says(OK + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\nabc", stay=True),
-        FramingError, "both", id="two-framings",
+        FramingError, "Content-Length", id="two-framings",
     ),
     pytest.param(
         says(OK + b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabc", stay=True),
-        FramingError, "two content-length", id="two-lengths",
+        FramingError, "Content-Length", id="two-lengths",
     ),
     pytest.param(
         says(OK + b"Content-Length: 99999999999999\r\n\r\n", stay=True), FramingError, "a body of", id="absurd-length"
     ),
     pytest.param(
-        says(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n", stay=True), FramingError, "switched", id="101"
+        says(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n", stay=True), FramingError, "HTTP/1.1", id="101"
     ),
 ]  # fmt: skip
 
@@ -421,7 +423,7 @@ FAILURES = [
 def test_a_peer_that_misbehaves_is_a_named_error_with_the_url_and_the_next_call_works(
     wire: Wire, script: Script, error: type[TransportError], words: str
 ) -> None:
-    with peer(once(script)) as there, stopping(there):
+    with peer(once(script)) as there, stopping():
         with pytest.raises(error, match=words) as caught:
             wire.send(there.url)
         assert type(caught.value) is error
@@ -455,7 +457,7 @@ ODD_ANSWERS = [
     pytest.param(OK + b"\r\nuntil the end", 200, b"until the end", id="until-eof"),
     pytest.param(b"HTTP/1.0 200 OK\r\n\r\nold", 200, b"old", id="http-1.0"),
     pytest.param(
-        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + OK + b"Content-Length: 2\r\n\r\nok",
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nA: b\r\n\r\n" + OK + b"Content-Length: 2\r\n\r\nok",
         200, b"ok", id="1xx-first",
     ),
 ]  # fmt: skip
@@ -483,7 +485,7 @@ def test_an_answer_before_the_whole_request_is_sent_is_the_answer(wire: Wire, st
         STOP.wait(WAIT_S)
         return None
 
-    with peer(script) as there, stopping(there):
+    with peer(script) as there, stopping():
         since = time.monotonic()
         reply = wire.send(there.url, MANY, within_s=5)
         assert (reply.status, bytes(reply.body)) == (413, b"too big")
@@ -530,7 +532,7 @@ def test_bytes_that_nobody_asked_for_end_the_connection_not_the_next_call(wire: 
         STOP.wait(WAIT_S)
         return None
 
-    with peer(script) as there, stopping(there):
+    with peer(script) as there, stopping():
         assert wire.send(there.url).body == b"first"
         assert said.wait(WAIT_S)
         wire.turn_loop()
@@ -630,9 +632,7 @@ def test_the_pool_of_a_loop_serves_many_tasks_and_keeps_few_connections(kind: st
 
     async def many() -> list[bytes]:
         url = Url.parse(there.url)
-        calls = (
-            wire.transport.aexchange(Call(url, (), [b"%d" % index]), Deadline.after(30)) for index in range(100)
-        )
+        calls = (wire.transport.aexchange(Call(url, (), [b"%d" % index]), Deadline.after(30)) for index in range(100))
         return [bytes(reply.body) for reply in await asyncio.gather(*calls)]
 
     with peer(echoing) as there:
@@ -720,7 +720,7 @@ def test_cancelling_a_call_closes_its_connection_and_leaves_the_pool_whole(
     async def cancel_while(body: bytes | memoryview, started: Callable[[], bool]) -> None:
         call = Call(Url.parse(there.url), (), [body])
         task = asyncio.ensure_future(wire.transport.aexchange(call, Deadline.after(30)))
-        while not started():  # noqa: ASYNC110
+        while not started():
             await asyncio.sleep(0.002)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -753,13 +753,13 @@ def test_cancelling_a_call_that_still_sends_closes_its_connection(kind: str, cap
     async def cancelled() -> None:
         call = Call(Url.parse(there.url), (), [MANY])
         task = asyncio.ensure_future(wire.transport.aexchange(call, Deadline.after(30)))
-        while not started.is_set():  # noqa: ASYNC110
+        while not started.is_set():
             await asyncio.sleep(0.002)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    with peer(once(script)) as there, stopping(there):
+    with peer(once(script)) as there, stopping():
         wire.loop.run_until_complete(cancelled())
         assert wire.send(there.url, b"next").body == b"next"
         wire.close()
@@ -842,7 +842,9 @@ def session() -> Iterator[requests.Session]:
 
 
 def post(transport: RequestsTransport, url: str, body: bytes = b"ping", within_s: float = 5.0) -> Reply:
-    return transport.exchange(Call(Url.parse(url), [("X-Request-Id", "7")], [body[:2], body[2:]]), Deadline.after(within_s))
+    return transport.exchange(
+        Call(Url.parse(url), [("X-Request-Id", "7")], [body[:2], body[2:]]), Deadline.after(within_s)
+    )
 
 
 def test_requests_transport_brings_the_sessions_authentication(session: requests.Session) -> None:
@@ -909,7 +911,7 @@ def test_requests_transport_can_be_awaited(session: requests.Session) -> None:
 def test_requests_transport_speaks_our_errors_and_hides_the_query(
     session: requests.Session, script: Script, error: type[TransportError]
 ) -> None:
-    with peer(once(script)) as there, stopping(there):
+    with peer(once(script)) as there, stopping():
         with pytest.raises(error) as caught:
             post(RequestsTransport(session), f"{there.url}?key=hush", within_s=0.5)
         assert not isinstance(caught.value, ConnectError)

@@ -23,7 +23,13 @@ def main() -> None:
 
     small_us, large_us = ours(small), ours(large)
     for what, small_one, large_one in zip(("encode", "decode"), small_us, large_us, strict=True):
-        row(f"a  {what} 77.07 MB / 64 B", f"{large_one:.2f} us", f"{small_one:.2f} us", large_one / small_one, "3, and 30 us")
+        row(
+            f"a  {what} 77.07 MB / 64 B",
+            f"{large_one:.2f} us",
+            f"{small_one:.2f} us",
+            large_one / small_one,
+            "3, and 30 us",
+        )
 
     def old(array: np.ndarray) -> convert.InferReq:
         return convert.InferReq("", [array], ["x"], ["y"])
@@ -34,7 +40,11 @@ def main() -> None:
         for call in (lambda: convert.serialize_infer_request(old(small)), lambda: convert.deserialize_request(message))
     ]
     times = in_turn(
-        [lambda: convert.serialize_infer_request(old(large)), lambda: graphpipe.encode_request(("x",), [large], ("y",))], 9
+        [
+            lambda: convert.serialize_infer_request(old(large)),
+            lambda: graphpipe.encode_request(("x",), [large], ("y",)),
+        ],
+        9,
     )
     theirs_large, ours_large = (median(values) * 1e6 for values in times)
     row("b  encode 77.07 MB / graphpipe 1.0.4", f"{ours_large:.2f} us", f"{theirs_large:.0f} us",
@@ -43,11 +53,18 @@ def main() -> None:
         row(f"b  {what} 64 B / graphpipe 1.0.4", f"{mine:.2f} us", f"{his:.2f} us", mine / his, "0.2")
 
     fresh = [
-        memoryview(bytearray(b"".join(graphpipe.encode_request((f"x{index}",), [small], ("y",))))) for index in range(3000)
+        memoryview(bytearray(b"".join(graphpipe.encode_request((f"x{index}",), [small], ("y",)))))
+        for index in range(3000)
     ]
     messages = iter(fresh)
     first = per_call_us(lambda: graphpipe.decode_request(next(messages)), len(fresh))
-    row("b  decode 64 B never seen before / graphpipe 1.0.4", f"{first:.2f} us", f"{theirs[1]:.2f} us", first / theirs[1], "")
+    row(
+        "b  decode 64 B never seen before / graphpipe 1.0.4",
+        f"{first:.2f} us",
+        f"{theirs[1]:.2f} us",
+        first / theirs[1],
+        "",
+    )
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ def main() -> None:
             for _ in range(calls):
                 endpoint(images)
             resident.append(psutil.Process(pid).memory_info().rss / 1e6)
-    grown = resident[1] - resident[0]
-    print(f"{'h  server memory after 200 headline requests, above 5':58} {resident[1]:>11.1f} MB {resident[0]:>11.1f} MB "
-          f"{grown:+8.2f}  (at most +10 MB)", flush=True)  # fmt: skip
+    before, after = resident
+    what = "h  server memory after 200 headline requests, above 5"
+    print(f"{what:58} {after:>11.1f} MB {before:>11.1f} MB {after - before:+8.2f}  (at most +10 MB)", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,19 @@ ROOT = HERE.parents[1]
 
 def hardware() -> str:
     """One line: processor, cores, Python, commit."""
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
     at = commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {at}"
+    return (
+        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {at}"
+    )
 
 
 def per_call_us(call: Callable[[], object], calls: int) -> float:
@@ -81,30 +89,39 @@ def server(*models: str, listen: str = "") -> Iterator[tuple[str, int]]:
         process.wait()
 
 
+# `answer(up)` gives what goes back; `prepare` is code that defines it.
 _BARE = """
 import socket, sys
+exec(sys.argv[5])
 listener = socket.socket(int(sys.argv[1])); listener.bind(sys.argv[2] if sys.argv[2] else ("127.0.0.1", 0))
 listener.listen(); print(listener.getsockname()[1], flush=True)
 peer, _ = listener.accept()
 if not sys.argv[2]: peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-up, down = memoryview(bytearray(int(sys.argv[3]))), bytes(int(sys.argv[4]))
+up = memoryview(bytearray(int(sys.argv[3])))
 while True:
     got = 0
     while got < len(up):
         size = peer.recv_into(up[got:])
         if not size: sys.exit()
         got += size
-    peer.sendall(down)
+    peer.sendall(answer(up))
 """
 
 
 @contextlib.contextmanager
-def bare_exchange(up_bytes: int, down_bytes: int, *, unix: bool) -> Iterator[Callable[[], None]]:
+def bare_exchange(
+    up_bytes: int,
+    down_bytes: int,
+    *,
+    unix: bool = False,
+    prepare: str = "down = bytes(int(sys.argv[4])); answer = lambda up: down",
+) -> Iterator[Callable[[], None]]:
     """Two sockets in two processes that move the same bytes into kept buffers, and nothing else."""
     family = socket.AF_UNIX if unix else socket.AF_INET
     path = tempfile.mktemp(suffix=".sock") if unix else ""
-    command = [sys.executable, "-c", _BARE, str(int(family)), path, str(up_bytes), str(down_bytes)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", _BARE, str(int(family)), path, str(up_bytes), str(down_bytes), prepare]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     try:
         assert process.stdout is not None
         port = process.stdout.readline().strip()
