@@ -213,10 +213,15 @@ class Endpoint:
         return Deadline.after(self.timeout_s).earlier(deadline).earlier(ambient())
 
     def _fetch_signature(self, bound: Deadline) -> Signature:
-        with self._lock:
+        left_s = max(0.0, min(bound.remaining(), threading.TIMEOUT_MAX))
+        if not self._lock.acquire(timeout=left_s):
+            raise DeadlineExceeded(f"no signature from {self.url} in time: another thread still waits for it")
+        try:
             if self._signature is None:
                 self._signature = self._exchange([graphpipe.METADATA_REQUEST], bound, _metadata)
             return self._signature
+        finally:
+            self._lock.release()
 
     def _prepare(
         self, signature: Signature, inputs: Mapping[str, Any], outputs: Sequence[str] | None, config: bytes
@@ -397,6 +402,8 @@ class _Headers:
 
 
 def _check_value(name: str, value: str) -> None:
+    if not isinstance(value, str):
+        raise SpecError(f"header '{name}' has a value that is no text: got a {type(value).__name__}", path="headers")
     if any(char in value for char in "\r\n\0") or not value.isascii():
         raise SpecError(f"header '{name}' has a value with a line end or a character beyond ASCII", path="headers")
 

@@ -436,7 +436,7 @@ def _refuse_headers(lines: Iterable[str]) -> None:
     for line in lines:
         if not _HEADER_LINE.fullmatch(line):
             name = line.partition(":")[0]
-            raise SpecError(f"a header that HTTP cannot carry on one line: {line[:64]!r}", path=f"headers.{name[:64]}")
+            raise SpecError(f"header {name[:64]!r} has a value that HTTP cannot carry on one line", path="headers")
 
 
 def request_head(prefix: bytes, headers: Iterable[tuple[str, str]], body_bytes: int) -> bytes:
