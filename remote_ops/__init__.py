@@ -31,7 +31,8 @@ from remote_ops.errors import (
 from remote_ops.policy import Retry
 from remote_ops.servable import FunctionServable, Servable, load
 from remote_ops.signature import Signature, TensorSpec
-from remote_ops.transport import TLS, RequestsTransport
+from remote_ops.transport import RequestsTransport
+from remote_ops.url import TLS
 
 __version__ = "0.1.0"
 

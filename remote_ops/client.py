@@ -42,7 +42,8 @@ from remote_ops.errors import (
 )
 from remote_ops.policy import Retry
 from remote_ops.signature import Signature, TensorSpec
-from remote_ops.transport import TLS, Call, HttpTransport, Reply, Transport, Url
+from remote_ops.transport import Call, HttpTransport, Reply, Transport
+from remote_ops.url import TLS, Url
 
 __all__ = ["Endpoint"]
 

@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from remote_ops.servable import Servable, load
-
 import remote_ops
 from remote_ops import http1
 from remote_ops.errors import RemoteOpsError, SpecError
+from remote_ops.servable import Servable, load
 from server_ref.lifecycle import Listen, serve
 
 __all__ = ["main"]

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from remote_ops import graphpipe, http1
 from remote_ops.buffers import BufferPool
+from remote_ops.connection import write_buffers
 from remote_ops.deadline import Deadline
 from remote_ops.errors import (
     EncodeError,
@@ -36,7 +37,6 @@ from remote_ops.errors import (
 )
 from remote_ops.servable import Servable
 from remote_ops.signature import DTYPES, Signature, TensorSpec
-from remote_ops.transport import write_buffers
 from server_ref.instances import Job, Lanes, room_for
 
 __all__ = ["Front", "Timeouts"]

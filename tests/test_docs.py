@@ -55,7 +55,7 @@ def test_client_page_lists_every_answer_and_no_other() -> None:
 
 
 def test_client_page_names_the_phases_that_the_transport_names() -> None:
-    from remote_ops.transport import CONNECTING, READING, WAITING, WRITING
+    from remote_ops.connection import CONNECTING, READING, WAITING, WRITING
 
     for phase in (CONNECTING, WRITING, WAITING, READING):
         assert f"`{phase}`" in text_of("docs/client.md")

@@ -18,7 +18,8 @@ PACKAGES = ("remote_ops", "ensemble", "server_ref")
 ROOMS = (
     ("errors",),
     ("signature", "deadline", "buffers"),
-    ("graphpipe", "oip", "http1", "shm", "policy", "download"),
+    ("graphpipe", "oip", "http1", "shm", "policy", "download", "url"),
+    ("connection",),
     ("transport",),
     ("client",),
     ("servable",),

@@ -35,7 +35,8 @@ from remote_ops.errors import (
     SpecError,
     TransportError,
 )
-from remote_ops.transport import TLS, Call, HttpTransport, Reply, RequestsTransport, Url
+from remote_ops.transport import Call, HttpTransport, Reply, RequestsTransport
+from remote_ops.url import TLS, Url
 
 MANY_BYTES = 50 << 20
 MANY = memoryview(bytes(MANY_BYTES))

@@ -1,0 +1,403 @@
+"""One connection and one exchange at a time: blocking on the caller's thread, or on the caller's loop.
+
+Both drivers run the same framing (`http1`). Here the system's errors become ours, each with the URL and the phase. It
+does not pool, does not retry, and reads no clock but the deadline's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import select
+import socket
+import ssl
+import time
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from remote_ops import http1
+from remote_ops.buffers import BufferPool
+from remote_ops.deadline import Deadline
+from remote_ops.errors import ConnectError, ConnectionLost, DeadlineExceeded, FramingError
+from remote_ops.url import Url
+
+__all__ = ["AsyncConnection", "BlockingConnection", "Stale", "open_on_loop", "write_buffers"]
+
+Buffer: TypeAlias = "bytes | bytearray | memoryview"
+_IOV_MAX = 512
+_SLICE_BYTES = 1 << 20
+_SOON_S = 300e-6
+
+# --------------------------------------------------------------------------- errors, the one seam to the system's
+
+
+def expired(phase: str, since: float) -> DeadlineExceeded:
+    return DeadlineExceeded(f"{time.monotonic() - since:.3f} s {phase}")
+
+
+def refused(url: Url, error: BaseException) -> ConnectError:
+    where = url.unix_path or f"{url.host}:{url.port}"
+    reason = str(error) or type(error).__name__
+    if isinstance(error, ConnectionError) and error.errno:
+        reason = os.strerror(error.errno)  # asyncio puts the address there
+    elif isinstance(error, OSError) and error.strerror:
+        reason = error.strerror
+    return ConnectError(f"cannot connect to {where} ({reason}) - at {url.text}")
+
+
+def lost(url: Url, error: BaseException | None, phase: str) -> ConnectionLost:
+    reason = f" ({error})" if error is not None and str(error) else ""
+    return ConnectionLost(f"the connection ended while {phase}{reason} - at {url.text}")
+
+
+CONNECTING = "connecting"
+WRITING = "sending the request"
+WAITING = "waiting for the first byte"
+READING = "receiving the answer"
+
+
+class Answered(Exception):
+    """The answer came before all of the request was sent; never reaches a caller of `transport`."""
+
+
+class Stale(Exception):
+    """A kept connection that the peer had closed before it saw this request; never reaches a caller of `transport`."""
+
+
+# --------------------------------------------------------------------------- blocking
+
+
+class BlockingConnection:
+    """One socket, non-blocking underneath: try first, poll until the deadline only if there is nothing yet."""
+
+    def __init__(self, url: Url, context: ssl.SSLContext | None, deadline: Deadline) -> None:
+        self.url = url
+        self._poll = select.poll()
+        self._sock = self._connect(context, deadline)
+        self._tls = isinstance(self._sock, ssl.SSLSocket)
+        self._poll.register(self._sock, select.POLLIN)
+        self._reader: http1.Reader | None = None
+        self.used = False
+        self.whole = True
+        self._answers_soon = False
+
+    def _connect(self, context: ssl.SSLContext | None, deadline: Deadline) -> socket.socket:
+        since = time.monotonic()
+        last: BaseException = OSError("no address")
+        for family, address in _addresses(self.url):
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                sock.settimeout(seconds_left(deadline, CONNECTING, since))
+                sock.connect(address)
+                if family != socket.AF_UNIX:
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if context is not None:
+                    sock.settimeout(seconds_left(deadline, CONNECTING, since))
+                    sock = context.wrap_socket(sock, server_hostname=self.url.host)
+                sock.setblocking(False)
+                return sock
+            except TimeoutError as error:
+                sock.close()
+                raise expired(CONNECTING, since) from error
+            except OSError as error:
+                sock.close()
+                last = error
+        raise refused(self.url, last) from last
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # no socket yet, if connecting failed
+            self._sock.close()
+
+    __del__ = close  # an endpoint that is dropped takes its kept connections along
+
+    def dead(self) -> bool:
+        """Whether the peer has closed it, or sent what nobody asked for."""
+        return bool(self._poll.poll(0))
+
+    def exchange(self, head: bytes, body: Sequence[Buffer], deadline: Deadline, pool: BufferPool) -> http1.Message:
+        if self._reader is None:
+            self._reader = http1.Reader("response", allocate=pool.take)
+        reader = self._reader
+        since = time.monotonic()
+        failed: OSError | None = None
+        try:
+            self.whole = self._send([head, *body], reader, deadline, since)
+        except DeadlineExceeded:
+            raise
+        except OSError as error:
+            self.whole, failed = False, error  # it may have answered before it hung up
+        since = time.monotonic()
+        if reader.idle:
+            self._await_first_byte(deadline, since)
+        while not reader.complete:
+            try:
+                size = self._receive(reader, deadline, since)
+            except DeadlineExceeded:
+                raise
+            except OSError as error:
+                raise self._gone(reader, error) from error
+            if size:
+                if reader.idle:
+                    self._answers_soon = time.monotonic() - since < _SOON_S
+                reader.received(size)
+            elif not self._ended_well(reader):
+                raise self._gone(reader, failed)
+        self.used = True
+        message = reader.take()
+        self.whole = self.whole and reader.idle  # what follows an answer unasked is no answer to the next call
+        return message
+
+    def _await_first_byte(self, deadline: Deadline, since: float) -> None:
+        """Watch for the answer instead of sleeping, if the last one came soon: waking up would cost as much again."""
+        if self._answers_soon:
+            while time.monotonic() - since < _SOON_S:
+                if self._poll.poll(0):
+                    return
+        if not self._tls:  # which may hold bytes that the socket does not show
+            self._wait(select.POLLIN, deadline, WAITING, since)
+
+    def _ended_well(self, reader: http1.Reader) -> bool:
+        try:
+            return reader.eof()
+        except FramingError:
+            return False
+
+    def _gone(self, reader: http1.Reader, error: BaseException | None) -> Exception:
+        if self.used and reader.idle:
+            return Stale()
+        return lost(self.url, error, WAITING if reader.idle else READING)
+
+    def _receive(self, reader: http1.Reader, deadline: Deadline, since: float) -> int:
+        into = reader.buffer()
+        while True:
+            try:
+                return self._sock.recv_into(into)
+            except (BlockingIOError, ssl.SSLWantReadError):
+                self._wait(select.POLLIN, deadline, WAITING if reader.idle else READING, since)
+            except ssl.SSLWantWriteError:
+                self._wait(select.POLLOUT, deadline, READING, since)
+
+    def _send(self, parts: list[Buffer], reader: http1.Reader, deadline: Deadline, since: float) -> bool:
+        """Send all of it; False if the peer answers before it has, and so does not want the rest."""
+        if self._tls:
+            return self._send_tls(parts, deadline, since)
+        while parts:
+            try:
+                sent = self._sock.sendmsg(parts[:_IOV_MAX])
+            except BlockingIOError:
+                events = self._wait(select.POLLIN | select.POLLOUT, deadline, WRITING, since)
+                if events & select.POLLIN and self._answers_already(reader):
+                    return False
+                continue
+            while parts and sent >= (size := len(parts[0])):
+                sent -= size
+                del parts[0]
+            if parts and sent:
+                parts[0] = memoryview(parts[0])[sent:]
+        return True
+
+    def _answers_already(self, reader: http1.Reader) -> bool:
+        """Whether what came while we send is more than an interim answer."""
+        size = self._sock.recv_into(reader.buffer())
+        reader.received(size)
+        return not size or not reader.idle
+
+    def _send_tls(self, parts: list[Buffer], deadline: Deadline, since: float) -> bool:
+        for part in parts:
+            view = memoryview(part)
+            while view:
+                try:
+                    view = view[self._sock.send(view[:_SLICE_BYTES]) :]
+                except ssl.SSLWantWriteError:
+                    self._wait(select.POLLOUT, deadline, WRITING, since)
+                except ssl.SSLWantReadError:
+                    self._wait(select.POLLIN, deadline, WRITING, since)
+        return True
+
+    def _wait(self, events: int, deadline: Deadline, phase: str, since: float) -> int:
+        timeout_s = seconds_left(deadline, phase, since)
+        if events != select.POLLIN:
+            self._poll.modify(self._sock, events)
+        try:
+            ready = self._poll.poll(None if timeout_s is None else math.ceil(timeout_s * 1000))
+        finally:
+            if events != select.POLLIN:
+                self._poll.modify(self._sock, select.POLLIN)
+        if not ready:
+            raise expired(phase, since)
+        return ready[0][1]
+
+
+def seconds_left(deadline: Deadline, phase: str, since: float) -> float | None:
+    left = deadline.remaining()
+    if left <= 0:
+        raise expired(phase, since)
+    return None if math.isinf(left) else left
+
+
+def _addresses(url: Url) -> list[tuple[int, Any]]:
+    if url.unix_path:
+        return [(socket.AF_UNIX, url.unix_path)]
+    try:
+        found = socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise refused(url, error) from error
+    return [(family, address) for family, _, _, _, address in found]
+
+
+# --------------------------------------------------------------------------- asyncio
+
+
+async def write_buffers(transport: asyncio.WriteTransport, parts: Sequence[Buffer], drained: Any) -> None:
+    """Write buffers in order without joining them; `drained()` is awaited where the transport would copy.
+
+    uvloop takes a list of buffers and copies none. The transports of the standard library copy what the socket does
+    not take at once, so they are fed a slice at a time.
+    """
+    if type(transport).__module__.startswith("uvloop"):
+        transport.writelines(parts)
+        return
+    if sum(map(len, parts)) <= _SLICE_BYTES:
+        transport.write(b"".join(parts))
+        return
+    for part in parts:
+        view = memoryview(part)
+        for start in range(0, len(view), _SLICE_BYTES):
+            transport.write(view[start : start + _SLICE_BYTES])
+            await drained()
+
+
+class AsyncConnection(asyncio.BufferedProtocol):
+    """One connection of one loop: one exchange at a time, whose answer is a future."""
+
+    def __init__(self, url: Url, pool: BufferPool) -> None:
+        self.url = url
+        self.used = False
+        self.phase = CONNECTING
+        self._reader = http1.Reader("response", allocate=pool.take)
+        self._transport: asyncio.Transport | None = None
+        self._answer: asyncio.Future[http1.Message] | None = None
+        self._writable: asyncio.Future[None] | None = None
+        self._paused = False
+        self._lost: BaseException | None = None
+        self._cut_short = False
+        self.idle_since = 0.0
+
+    # the loop calls these
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "writelines")
+        self._transport = transport  # type: ignore[assignment]
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._reader.buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        try:
+            self._reader.received(nbytes)
+        except FramingError as error:
+            return self._fail(error)
+        self.phase = READING
+        if self._reader.complete:
+            self._finish()
+        return None
+
+    def eof_received(self) -> bool:
+        with contextlib.suppress(FramingError):
+            if self._reader.eof():
+                self._finish()
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = exc or ConnectionResetError("closed by the peer")
+        self._fail(Stale() if self.used and self._reader.idle else lost(self.url, exc, self.phase))
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._wake_writer()
+
+    def _wake_writer(self) -> None:
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+
+    # the transport calls these
+
+    @property
+    def dead(self) -> bool:
+        return (
+            self._transport is None or self._lost is not None or self._transport.is_closing() or not self._reader.idle
+        )
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the request is sent: the peer would read the rest as the beginning of the next one."""
+        return not self._cut_short and self._transport is not None and not self._transport.get_write_buffer_size()
+
+    def close(self) -> None:
+        if self.phase is WAITING and not self.whole:
+            self.phase = WRITING
+        if self._answer is not None:
+            self._answer.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def exchange(self, head: bytes, body: Sequence[Buffer]) -> http1.Message:
+        self.phase = WRITING
+        assert self._transport is not None
+        self._answer = asyncio.get_running_loop().create_future()
+        try:
+            await write_buffers(self._transport, [head, *body], self._drained)
+        except Answered:
+            self._cut_short = True
+        if self.phase is WRITING:
+            self.phase = WAITING
+        try:
+            return await self._answer
+        finally:
+            self.used = True
+
+    async def _drained(self) -> None:
+        assert self._answer is not None
+        if self._paused and not self._answer.done():
+            self._writable = asyncio.get_running_loop().create_future()
+            await self._writable
+        if self._answer.done():
+            raise Answered
+
+    def _finish(self) -> None:
+        message = self._reader.take()
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(message)
+            self._wake_writer()
+        elif self._transport is not None:
+            self._transport.abort()  # an answer that nobody asked for
+
+    def _fail(self, error: BaseException) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(error)
+        self._wake_writer()
+        if self._transport is not None:
+            self._transport.abort()
+
+
+async def open_on_loop(url: Url, context: ssl.SSLContext | None, pool: BufferPool) -> AsyncConnection:
+    loop = asyncio.get_running_loop()
+    try:
+        if url.unix_path:
+            _, connection = await loop.create_unix_connection(lambda: AsyncConnection(url, pool), url.unix_path)
+            return connection
+        host = url.host if context is not None else None
+        transport, connection = await loop.create_connection(
+            lambda: AsyncConnection(url, pool), url.host, url.port, ssl=context, server_hostname=host
+        )
+    except OSError as error:
+        raise refused(url, error) from error
+    sock = transport.get_extra_info("socket")
+    if sock is not None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection

@@ -1,0 +1,115 @@
+"""Where a request goes, and whom https trusts on the way.
+
+It reads URLs and certificate files; it opens no connection.
+"""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from remote_ops.errors import SpecError
+
+__all__ = ["TLS", "USER_AGENT", "Url"]
+
+USER_AGENT = "remote-ops/0.1"
+
+
+class Url(NamedTuple):
+    """Where a request goes. `host` and `port` are empty for a unix socket, `unix_path` for all others.
+
+    `text` is for messages: a query, which may hold a secret, is left out of it; `full` is what was given.
+    """
+
+    text: str
+    full: str
+    scheme: str
+    host: str
+    port: int
+    unix_path: str
+    target: str
+    prefix: bytes
+
+    @classmethod
+    def parse(cls, text: str) -> Url:
+        """Read `http://host[:port]/path`, `https://...` or `http+unix://%2Fpath.sock/path`.
+
+        Raises:
+            SpecError: no such URL, or one that carries a user name or a password.
+        """
+        full = text
+        try:
+            parts = urlsplit(full)
+        except ValueError:  # its text may hold what the URL holds
+            raise SpecError("no URL of a model: it is malformed", path="url") from None
+        if "@" in parts.netloc:
+            raise SpecError(
+                "a URL with a user name or password: pass headers={'Authorization': ...} instead", path="url"
+            )
+        text = full.split("?")[0] + ("?..." if parts.query else "")
+        if parts.scheme not in ("http", "https", "http+unix"):
+            raise SpecError(f"no URL of a model: expected http://, https:// or http+unix://, got {text!r}", path="url")
+        if any(ord(char) <= 32 or ord(char) == 127 for char in full):
+            raise SpecError(f"a URL with a space or a control character: {text!r}", path="url")
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        if parts.scheme == "http+unix":
+            unix_path = unquote(parts.netloc)
+            if not unix_path.startswith("/"):
+                raise SpecError(f"expected http+unix://%2Fpath.sock/model, got {text!r}", path="url")
+            return cls(text, full, parts.scheme, "", 0, unix_path, target, _prefix(target, "localhost"))
+        try:
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+        except ValueError as error:
+            raise SpecError(f"a port that is no number below 65536: {text!r}", path="url") from error
+        if not parts.hostname:
+            raise SpecError(f"a URL without a host: {text!r}", path="url")
+        return cls(text, full, parts.scheme, parts.hostname, port, "", target, _prefix(target, parts.netloc))
+
+
+def _prefix(target: str, host: str) -> bytes:
+    try:
+        return (
+            f"POST {target} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: {USER_AGENT}\r\n"
+            "Content-Type: application/octet-stream\r\n"
+        ).encode("ascii")
+    except UnicodeEncodeError as error:
+        raise SpecError(f"a URL is ASCII: quote {target!r} or {host!r} first", path="url") from error
+
+
+@dataclass(frozen=True)
+class TLS:
+    """How https is trusted and who we are. Certificates are checked, host name included, unless `verify` is False.
+
+    Args:
+        ca: path of a file of CA certificates (PEM) to trust instead of the system's.
+        cert, key: paths of the client certificate and its key (PEM), for servers that ask who calls.
+        password: of the key. It is not shown, and not pickled.
+        verify: False trusts anybody; for tests.
+
+    Raises:
+        SpecError: a file is missing or is no such certificate; at the first connection.
+    """
+
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+    password: str | None = field(default=None, repr=False)
+    verify: bool = True
+
+    def context(self) -> ssl.SSLContext:
+        """Build the context; reads the files."""
+        try:
+            context = ssl.create_default_context(cafile=self.ca)
+            if self.cert:
+                context.load_cert_chain(self.cert, self.key, self.password or "")
+        except (OSError, ssl.SSLError) as error:
+            raise SpecError(f"these certificates do not load: {error}", path=f"{self!r}") from error
+        if not self.verify:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        return context
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "password": None}
