@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, NamedTuple, TypeAlias
+from urllib.parse import unquote
 
 import numpy.typing as npt
 
@@ -26,11 +27,13 @@ from remote_ops.buffers import BufferPool
 from remote_ops.connection import write_buffers
 from remote_ops.deadline import Deadline
 from remote_ops.errors import (
+    CodecError,
     EncodeError,
     FramingError,
     InternalError,
     InvalidRequest,
     ModelNotFound,
+    Overloaded,
     RemoteOpsError,
     SignatureError,
     answer_of,
@@ -47,6 +50,7 @@ log = logging.getLogger("server_ref")
 
 BINARY = "application/octet-stream"
 TEXT = "text/plain; charset=utf-8"
+_ALLOW = ("Allow", "GET, POST, OPTIONS")
 _QUICK_S = 100e-6
 _QUICK_BYTES = 1 << 16
 
@@ -85,6 +89,7 @@ class Model:
         self.metadata_json = json.dumps(_json_metadata(self.signature), indent=4).encode()
         self.ainfer: Callable[..., Awaitable[dict[str, Array]]] | None = getattr(servable, "ainfer", None)
         self.lanes = Lanes(name or "model", room_for(servable))
+        self.awaited = 0
         self._never_waits = bool(getattr(servable, "never_waits", False))
         self._recent_run_s = math.inf
 
@@ -158,7 +163,8 @@ class Front:
         """Start the threads that models run on; call it on the loop, before the first connection."""
         self.loop = loop
         for model in self.models.values():
-            model.lanes.start(loop)
+            if model.ainfer is None:
+                model.lanes.start(loop)
         self.ready = True
         self._sweep()
 
@@ -206,8 +212,9 @@ class Front:
         if method == "GET":
             return self._get(path)
         if method == "OPTIONS":
-            return Answer(204, TEXT, (), [("Allow", "GET, POST, OPTIONS")])
-        return Answer(405, TEXT, (f"no {method} here: GET gives metadata, POST calls the model\n".encode(),))
+            return Answer(204, TEXT, (), [_ALLOW])
+        text = f"no {method} here: GET gives metadata, POST calls the model\n"
+        return Answer(405, TEXT, (text.encode(),), [_ALLOW])
 
     def _get(self, path: str) -> Answer:
         if path == "/" and self._only is None:
@@ -218,7 +225,7 @@ class Front:
     def _model(self, path: str) -> Model:
         if self._only is not None:
             return self._only
-        name, _, version = path.strip("/").partition("/")
+        name, _, version = (unquote(part) for part in path.strip("/").partition("/"))
         model = self.models.get(name)
         if model is not None and version in ("", model.signature.version):
             return model
@@ -227,7 +234,10 @@ class Front:
             raise ModelNotFound(f"no version '{version}' of model '{name}': {there_is}")
         close = get_close_matches(name, self.models, 1)
         hint = f"; did you mean '/{close[0]}'?" if close else ""
-        raise ModelNotFound(f"no model '/{name}': there are {', '.join(f'/{known}' for known in self.models)}{hint}")
+        known = ", ".join(f"/{known}" for known in self.models)
+        if not name:
+            raise ModelNotFound(f"this URL names no model: there are {known}; append one of them")
+        raise ModelNotFound(f"no model '/{name}': there are {known}{hint}")
 
     def _control(self, verb: str, method: str, message: http1.Message, connection: Connection) -> Answer:
         if verb == "is_ready":
@@ -258,6 +268,9 @@ class Front:
         names = [spec.name for spec in wanted]
         call = _Run(model, arrays, names, wanted, request.config, deadline)
         if model.ainfer is not None:
+            if model.awaited >= model.lanes.max_queue:
+                raise Overloaded(f"{model.awaited} requests wait already: expected at most {model.lanes.max_queue}")
+            model.awaited += 1
             connection.task = self.loop.create_task(_finish_async(call, connection))
             return None
         if model.fits_on_loop(len(message.body)):
@@ -319,15 +332,14 @@ class _Run(NamedTuple):
 
     def outcome(self) -> list[Buffer] | BaseException:
         """The buffers of the answer, or what went wrong."""
-        since = time.perf_counter()
         try:
             self.deadline.require(f"model '{self.model.name}'")
+            since = time.perf_counter()
             results = self.model.servable.infer(self.arrays, self.names, config=self.config, deadline=self.deadline)
-            return self.encoded(results)
-        except Exception as error:
-            return error
-        finally:
             self.model.ran(time.perf_counter() - since)
+            return self.encoded(results)
+        except BaseException as error:  # whatever a model raises, its lane and its caller go on
+            return self.blamed(error)
 
     async def aoutcome(self) -> list[Buffer] | BaseException:
         """The same for a servable that can be awaited."""
@@ -336,19 +348,39 @@ class _Run(NamedTuple):
             assert self.model.ainfer is not None
             results = await self.model.ainfer(self.arrays, self.names, config=self.config, deadline=self.deadline)
             return self.encoded(results)
-        except Exception as error:
-            return error
+        except BaseException as error:
+            return self.blamed(error)
 
-    def encoded(self, results: Mapping[str, Any]) -> list[Buffer]:
+    def blamed(self, error: BaseException) -> BaseException:
+        """What a model failed with, as its caller should see it: bytes that it could not read were not the caller's."""
+        if isinstance(error, CodecError | FramingError):
+            return InternalError(f"model '{self.model.name}' got an answer it cannot read: {error}")
+        return error
+
+    def encoded(self, results: Any) -> list[Buffer]:
+        if not isinstance(results, Mapping):
+            got = type(results).__name__
+            raise InternalError(
+                f"model '{self.model.name}' breaks its own signature: expected a dict by name, got a {got}"
+            )
         try:
             fitted = self.model.signature.fit_outputs(results, self.wanted)
             return graphpipe.encode_response(list(fitted.values()))
-        except (SignatureError, EncodeError, TypeError, AttributeError) as error:
+        except (SignatureError, EncodeError) as error:
             raise InternalError(f"model '{self.model.name}' breaks its own signature: {error}") from error
 
 
 async def _finish_async(call: _Run, connection: Connection) -> None:
-    connection.reply_outcome(await call.aoutcome())
+    outcome = await call.aoutcome()
+    call.model.awaited -= 1
+    connection.reply_outcome(outcome)
+
+
+def _first_line(error: BaseException) -> str:
+    try:
+        return f": {(str(error).splitlines() or [''])[0][:300]}"
+    except Exception:  # it cannot even say what it is
+        return ""
 
 
 def error_answer(error: BaseException, *, as_text: bool = False) -> Answer:
@@ -356,8 +388,7 @@ def error_answer(error: BaseException, *, as_text: bool = False) -> Answer:
     if isinstance(error, RemoteOpsError):
         message = error.message
     else:
-        first_line = (str(error).splitlines() or [""])[0][:300]
-        message = f"the model raised {type(error).__name__}: {first_line}"
+        message = f"the model raised {type(error).__name__}{_first_line(error)}"
         log.error("a model raised", exc_info=error)
     _, code, status = answer_of(error)
     status = error.status if isinstance(error, FramingError) else status
@@ -389,6 +420,10 @@ class Connection(asyncio.BufferedProtocol):
         self._reading_paused = False
         self._drained: asyncio.Future[None] | None = None
         self._lingering = False
+
+    @property
+    def _closing(self) -> bool:
+        return self.transport is None or self.transport.is_closing()
 
     @property
     def in_request(self) -> bool:
@@ -442,7 +477,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _advance(self) -> None:
         """Go as far as the bytes at hand allow: to the next complete request, unless one is being answered."""
-        while self.reader.complete and not self.busy and not self._writing_paused:
+        while self.reader.complete and not self.busy and not self._writing_paused and not self._closing:
             message = self.reader.take()
             self.busy = True
             self._head = message.head
@@ -496,10 +531,11 @@ class Connection(asyncio.BufferedProtocol):
             return
         keep_alive = head.keep_alive and not self.front.draining
         size = sum(map(len, answer.body))
+        body = () if head.method == "HEAD" else answer.body
         rendered = http1.response_head(
             answer.status, size, answer.content_type, keep_alive=keep_alive, headers=answer.headers
         )
-        parts = [rendered, *answer.body]
+        parts = [rendered, *body]
         if size > _WRITE_AT_ONCE_BYTES and not type(transport).__module__.startswith("uvloop"):
             self.task = self.front.loop.create_task(self._write_slowly(transport, parts, keep_alive))
             return

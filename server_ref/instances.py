@@ -103,7 +103,7 @@ class Lanes:
             lane.wake.acquire()
             job, lane.job = lane.job, None
             while job is not None:
-                outcome = None if job.cancelled else job.run()
+                outcome = None if job.cancelled else job.run()  # it does not raise
                 following = self._next(lane)  # if there is none, `lane.job` is the loop's to set from now on
                 try:
                     self._loop.call_soon_threadsafe(self._deliver, job, outcome)

@@ -220,7 +220,15 @@ def running(
 
 async def _close_soon(server: Server) -> None:
     server.close()
-    for _ in range(3):  # let the transports see their end before the loop does
+    await _settle()
+
+
+async def _settle() -> None:
+    """Let every transport see its end before the loop does, those of the endpoints that were served included."""
+    for _ in range(3):
+        await asyncio.sleep(0)
+    await asyncio.get_running_loop().shutdown_asyncgens()
+    for _ in range(3):
         await asyncio.sleep(0)
 
 
@@ -252,6 +260,7 @@ def serve(
     try:
         return loop.run_until_complete(_serve(models, listen, tls, limits, timeouts, grace_s, exit_timeout_s))
     finally:
+        loop.run_until_complete(_settle())
         loop.close()
 
 
