@@ -77,11 +77,12 @@ class Endpoint:
         retry: Retry = Retry(),  # noqa: B008 (immutable)
         transport: Transport | None = None,
     ) -> None:
-        urls = (url,) if isinstance(url, str) else tuple(url)
+        urls = tuple(url) if isinstance(url, list | tuple) else (url,)
         if not urls:
             raise SpecError("an endpoint needs at least one URL: got an empty list", path="url")
         Deadline.after(timeout_s)
         self._urls = tuple(Url.parse(text) for text in urls)
+        _check_arguments(self._urls, headers, tls, retry, transport)
         self.timeout_s = timeout_s
         self._headers = _Headers(headers or {})
         self._retry = retry
@@ -153,19 +154,11 @@ class Endpoint:
     ) -> dict[str, Array]:
         """The same on the running loop; cancelling it closes the connection it waits on."""
         bound = self._bound(deadline)
-        signature = self._signature
-        if signature is None:
-            loop = asyncio.get_running_loop()
-            signature = await loop.run_in_executor(None, self._fetch_signature, bound)
-        wanted, body = self._prepare(signature, inputs, outputs, config)
-        attempts = _Attempts(self, bound)
-        while True:
-            call = attempts.next_call(body)
-            try:
-                reply = await self._transport.aexchange(call, bound)
-                return _results(reply, call.url.text, wanted)
-            except RemoteOpsError as error:
-                await asyncio.sleep(attempts.wait_s(error))
+        if self._signature is None:  # several at once may ask; the answers are alike
+            self._signature = await self._aexchange([graphpipe.METADATA_REQUEST], bound, _metadata)
+        wanted, body = self._prepare(self._signature, inputs, outputs, config)
+        results: dict[str, Array] = await self._aexchange(body, bound, lambda reply, url: _results(reply, url, wanted))
+        return results
 
     def submit(
         self,
@@ -241,6 +234,30 @@ class Endpoint:
             except RemoteOpsError as error:
                 time.sleep(attempts.wait_s(error))
 
+    async def _aexchange(self, body: Sequence[Buffer], bound: Deadline, read: Callable[[Reply, str], Any]) -> Any:
+        attempts = _Attempts(self, bound)
+        while True:
+            call = attempts.next_call(body)
+            try:
+                return read(await self._transport.aexchange(call, bound), call.url.text)
+            except RemoteOpsError as error:
+                await asyncio.sleep(attempts.wait_s(error))
+
+
+def _check_arguments(urls: Sequence[Url], headers: Any, tls: Any, retry: Any, transport: Any) -> None:
+    """Say which argument of an `Endpoint` is not what it should be, or would be ignored."""
+    for name, value, kind, what in (
+        ("headers", headers, Mapping, "a dict of names and values"),
+        ("tls", tls, TLS, "a TLS(...)"),
+        ("retry", retry, Retry, "a Retry(...)"),
+    ):
+        if not isinstance(value, kind) and (value is not None or name == "retry"):
+            raise SpecError(f"expected {what}, got a {type(value).__name__}", path=name)
+    if tls is not None and transport is not None:
+        raise SpecError("the transport has its own TLS: pass one of the two", path="tls")
+    if tls is not None and not any(url.scheme == "https" for url in urls):
+        raise SpecError(f"TLS is for https: got {urls[0].text}", path="tls")
+
 
 class _Attempts:
     """The sendings of one call: which replica next, and what an error means for it."""
@@ -262,8 +279,8 @@ class _Attempts:
         headers = self.endpoint._headers.resolve()
         left_s = self.bound.remaining()
         if left_s < math.inf:
-            headers = (*headers, ("X-Request-Timeout-Ms", str(max(0, int(left_s * 1000)))))
-        return Call(url, headers, body)
+            headers = (*headers, ("X-Request-Timeout-Ms", str(max(0, min(int(left_s * 1000), _LONGEST_MS)))))
+        return Call(url, headers, body, once=self.endpoint._retry.attempts == 1)
 
     def wait_s(self, error: RemoteOpsError) -> float:
         """Seconds until the next sending; raises, in full words, if there is none."""
@@ -314,9 +331,15 @@ def _read(reply: Reply, url: str, decode: Callable[[Buffer], _T]) -> _T:
     try:
         return decode(reply.body)
     except DecodeError as error:
+        if not reply.body:
+            raise BadStatus(
+                f"{url} answered {reply.status} with an empty body: expected a GraphPipe message", status=reply.status
+            ) from error
         if _is_text(reply):
             raise BadStatus(f"{_said(reply, url)}: expected a GraphPipe message", status=reply.status) from error
-        raise DecodeError(f"the answer from {url} is no GraphPipe message: {error}", offset=error.offset) from error
+        raise DecodeError(
+            f"the answer from {url} is no GraphPipe message: {error.message}", offset=error.offset, limit=error.limit
+        ) from error
 
 
 _BY_STATUS = {429: Overloaded, 502: ModelUnavailable, 503: ModelUnavailable}
@@ -344,7 +367,10 @@ def _error_of(reply: Reply, url: str) -> RemoteOpsError:
 
 def _said(reply: Reply, url: str) -> str:
     if 300 <= reply.status < 400:
-        return f"{url} answered {reply.status}: it moved to {reply.headers.get('location', 'somewhere')!r}; call that"
+        location = reply.headers.get("location", "somewhere").partition("?")[0]
+        return f"{url} answered {reply.status}: it moved to {location!r}; call that"
+    if reply.status in (401, 403):
+        return f"{url} answered {reply.status}: it wants to know who calls; pass headers={{'Authorization': ...}}"
     text = bytes(reply.body[:400]).decode(errors="replace")
     words = " ".join(re.sub(r"<[^>]*>", " ", text).split())[:160] if text.isprintable() or _is_text(reply) else ""
     return f"{url} answered {reply.status}" + (f": {words}" if words else "")
@@ -360,7 +386,11 @@ def _is_text(reply: Reply) -> bool:
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_OURS = {"content-length", "host", "transfer-encoding", "connection", "expect"}
+_OURS = {
+    *("content-length", "content-type", "host", "transfer-encoding", "connection", "expect", "user-agent"),
+    "x-request-timeout-ms",
+}
+_LONGEST_MS = 10**12 - 1  # what a server reads
 
 
 class _Headers:

@@ -29,6 +29,8 @@ Buffer: TypeAlias = "bytes | bytearray | memoryview"
 _IOV_MAX = 512
 _SLICE_BYTES = 1 << 20
 _SOON_S = 300e-6
+_LONGEST_WAIT_S = 1e6  # what poll and asyncio can still count
+_LIMITS = http1.Limits(max_body_bytes=2**31)
 
 # --------------------------------------------------------------------------- errors, the one seam to the system's
 
@@ -114,11 +116,11 @@ class BlockingConnection:
 
     def dead(self) -> bool:
         """Whether the peer has closed it, or sent what nobody asked for."""
-        return bool(self._poll.poll(0))
+        return bool(self._poll.poll(0)) or (isinstance(self._sock, ssl.SSLSocket) and self._sock.pending() > 0)
 
     def exchange(self, head: bytes, body: Sequence[Buffer], deadline: Deadline, pool: BufferPool) -> http1.Message:
         if self._reader is None:
-            self._reader = http1.Reader("response", allocate=pool.take)
+            self._reader = http1.Reader("response", _LIMITS, pool.take)
         reader = self._reader
         since = time.monotonic()
         failed: OSError | None = None
@@ -234,7 +236,7 @@ def seconds_left(deadline: Deadline, phase: str, since: float) -> float | None:
     left = deadline.remaining()
     if left <= 0:
         raise expired(phase, since)
-    return None if math.isinf(left) else left
+    return None if math.isinf(left) else min(left, _LONGEST_WAIT_S)
 
 
 def _addresses(url: Url) -> list[tuple[int, Any]]:
@@ -242,7 +244,7 @@ def _addresses(url: Url) -> list[tuple[int, Any]]:
         return [(socket.AF_UNIX, url.unix_path)]
     try:
         found = socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise refused(url, error) from error
     return [(family, address) for family, _, _, _, address in found]
 
@@ -276,7 +278,7 @@ class AsyncConnection(asyncio.BufferedProtocol):
         self.url = url
         self.used = False
         self.phase = CONNECTING
-        self._reader = http1.Reader("response", allocate=pool.take)
+        self._reader = http1.Reader("response", _LIMITS, pool.take)
         self._transport: asyncio.Transport | None = None
         self._answer: asyncio.Future[http1.Message] | None = None
         self._writable: asyncio.Future[None] | None = None

@@ -109,6 +109,7 @@ class DecodeError(CodecError):
 
     def __init__(self, message: str, *, offset: int = 0, limit: int | None = None) -> None:
         super().__init__(f"{message} - at byte {offset}")
+        self.message = message
         self.offset = offset
         self.limit = limit
 

@@ -299,6 +299,10 @@ class Signature:
         """
         if names is None:
             return self.outputs
+        if isinstance(names, str) or not names:
+            raise SignatureError(
+                f"expected a list of output names, or None for all: got {names!r}", got=repr(names), at=at
+            )
         specs = tuple(self._outputs[name] for name in names if name in self._outputs)
         if len(specs) != len(names):
             raise self._unknown_output(next(name for name in names if name not in self._outputs), at)

@@ -44,11 +44,16 @@ Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 
 class Call(NamedTuple):
-    """One POST: where to, which headers beyond the usual, and the body as buffers to be sent in order."""
+    """One POST: where to, which headers beyond the usual, and the body as buffers to be sent in order.
+
+    A kept connection may turn out to be closed only once the request is on its way; then it is sent again on a new one,
+    unless it is to be sent `once`.
+    """
 
     url: Url
     headers: Sequence[tuple[str, str]]
     body: Sequence[Buffer]
+    once: bool = False
 
 
 class Reply(NamedTuple):
@@ -125,6 +130,8 @@ class HttpTransport:
                 message = connection.exchange(head, call.body, deadline, self._buffers)
             except Stale:
                 connection.close()
+                if call.once:
+                    raise lost(url, None, WAITING) from None
                 continue
             except BaseException as error:
                 connection.close()
@@ -145,6 +152,8 @@ class HttpTransport:
             try:
                 return await asyncio.wait_for(self._attempt(call, head, used), left)
             except Stale:
+                if call.once:
+                    raise lost(call.url, None, WAITING) from None
                 continue
             except asyncio.TimeoutError as error:
                 phase = used[0].phase if used else CONNECTING
@@ -178,9 +187,10 @@ class HttpTransport:
 
     def close(self) -> None:
         """Close the idle connections; the next call opens new ones."""
-        for connections in self._idle.values():
-            while connections:
-                connections.pop()[1].close()
+        for connections in list(self._idle.values()):
+            with contextlib.suppress(IndexError):  # another thread took the last
+                while connections:
+                    connections.pop()[1].close()
         for loop, pool in list(self._loops.items()):
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(pool.close)
@@ -284,7 +294,7 @@ class RequestsTransport:
                 call.url.full, data=b"".join(call.body), headers=headers, timeout=left, allow_redirects=False
             )
         except requests.RequestException as error:
-            raise _of_requests(error, call.url, since) from error
+            raise _of_requests(error, call.url, since) from None  # its text shows the whole URL
         lowered = {name.lower(): value for name, value in answer.headers.items()}
         return Reply(answer.status_code, lowered, memoryview(bytearray(answer.content)))
 

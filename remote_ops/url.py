@@ -32,6 +32,9 @@ class Url(NamedTuple):
     target: str
     prefix: bytes
 
+    def __repr__(self) -> str:
+        return f"Url({self.text!r})"
+
     @classmethod
     def parse(cls, text: str) -> Url:
         """Read `http://host[:port]/path`, `https://...` or `http+unix://%2Fpath.sock/path`.
@@ -39,6 +42,8 @@ class Url(NamedTuple):
         Raises:
             SpecError: no such URL, or one that carries a user name or a password.
         """
+        if not isinstance(text, str):
+            raise SpecError(f"expected a URL, got a {type(text).__name__}", path="url")
         full = text
         try:
             parts = urlsplit(full)
@@ -60,7 +65,9 @@ class Url(NamedTuple):
                 raise SpecError(f"expected http+unix://%2Fpath.sock/model, got {text!r}", path="url")
             return cls(text, full, parts.scheme, "", 0, unix_path, target, _prefix(target, "localhost"))
         try:
-            port = parts.port or (443 if parts.scheme == "https" else 80)
+            port = (443 if parts.scheme == "https" else 80) if parts.port is None else parts.port
+            if not port:
+                raise ValueError("port 0")
         except ValueError as error:
             raise SpecError(f"a port that is no number below 65536: {text!r}", path="url") from error
         if not parts.hostname:
@@ -105,7 +112,9 @@ class TLS:
             if self.cert:
                 context.load_cert_chain(self.cert, self.key, self.password or "")
         except (OSError, ssl.SSLError) as error:
-            raise SpecError(f"these certificates do not load: {error}", path=f"{self!r}") from error
+            hint = "" if self.password or not self.key else "; a password is never pickled"
+            files = ", ".join(filter(None, (self.ca, self.cert, self.key)))
+            raise SpecError(f"these certificates do not load: {error}{hint}", path=f"tls, {files}") from error
         if not self.verify:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE

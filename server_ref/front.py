@@ -34,8 +34,10 @@ from remote_ops.errors import (
     InvalidRequest,
     ModelNotFound,
     Overloaded,
+    RemoteError,
     RemoteOpsError,
     SignatureError,
+    SpecError,
     answer_of,
 )
 from remote_ops.servable import Servable
@@ -270,7 +272,6 @@ class Front:
         if model.ainfer is not None:
             if model.awaited >= model.lanes.max_queue:
                 raise Overloaded(f"{model.awaited} requests wait already: expected at most {model.lanes.max_queue}")
-            model.awaited += 1
             connection.task = self.loop.create_task(_finish_async(call, connection))
             return None
         if model.fits_on_loop(len(message.body)):
@@ -355,6 +356,8 @@ class _Run(NamedTuple):
         """What a model failed with, as its caller should see it: bytes that it could not read were not the caller's."""
         if isinstance(error, CodecError | FramingError):
             return InternalError(f"model '{self.model.name}' got an answer it cannot read: {error}")
+        if isinstance(error, SpecError):
+            return InternalError(f"model '{self.model.name}' is not set up to run: {error}")
         return error
 
     def encoded(self, results: Any) -> list[Buffer]:
@@ -371,6 +374,7 @@ class _Run(NamedTuple):
 
 
 async def _finish_async(call: _Run, connection: Connection) -> None:
+    call.model.awaited += 1  # not where the task is made: one that is cancelled before it begins does not come here
     outcome = await call.aoutcome()
     call.model.awaited -= 1
     connection.reply_outcome(outcome)
@@ -386,7 +390,7 @@ def _first_line(error: BaseException) -> str:
 def error_answer(error: BaseException, *, as_text: bool = False) -> Answer:
     """The answer to a request that failed: a status, and a message that says why, without traces or paths of ours."""
     if isinstance(error, RemoteOpsError):
-        message = error.message
+        message = error.message if isinstance(error, RemoteError) else str(error)
     else:
         message = f"the model raised {type(error).__name__}{_first_line(error)}"
         log.error("a model raised", exc_info=error)

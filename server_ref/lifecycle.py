@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
 import socket
 import ssl
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -147,7 +149,7 @@ class Server:
             self._listener.close()
             self._listener = None
         self.front.stop()
-        if self.listen.unix_path:
+        if self.listen.unix_path and self.url:  # a socket that it never listened on is another's
             with contextlib.suppress(OSError):
                 os.unlink(self.listen.unix_path)
 
@@ -164,12 +166,18 @@ class Server:
 
 def _remove_stale(path: str) -> None:
     """Remove a socket that nobody listens on any more; a live one, or another file, stays and is reported."""
-    probe = socket.socket(socket.AF_UNIX)
-    with probe, contextlib.suppress(FileNotFoundError):
-        try:
+    try:
+        # Connecting to any other file is refused as well, and the loop would replace a live socket unasked.
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        with socket.socket(socket.AF_UNIX) as probe:
             probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
+    except FileNotFoundError:
+        return
+    except ConnectionRefusedError:
+        os.unlink(path)
+        return
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
 def new_loop() -> asyncio.AbstractEventLoop:

@@ -366,8 +366,8 @@ OTHERS: list[Any] = [
     pytest.param(status("413 X", b""), BadStatus, "413", id="413"),
     pytest.param(status("200 OK", b"<html>log in</html>", HTML), BadStatus, "log in.*expected", id="html-200"),
     pytest.param(status("200 OK", b"\xff" * 40), DecodeError, "no GraphPipe message", id="garbage-200"),
-    pytest.param(status("200 OK", b""), DecodeError, "no GraphPipe message", id="empty-200"),
-    pytest.param(status("204 No Content"), DecodeError, "no GraphPipe message", id="204"),
+    pytest.param(status("200 OK", b""), BadStatus, "empty body.*expected", id="empty-200"),
+    pytest.param(status("204 No Content"), BadStatus, "204 with an empty body", id="204"),
     pytest.param(status("500 X", b"\xff\x00\x01binary"), BadStatus, "500", id="binary-500"),
 ]  # fmt: skip
 

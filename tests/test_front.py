@@ -176,7 +176,7 @@ def test_c25_several_models_answer_under_their_name_and_version(several: str, pa
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("/", "there are /double, /triple, /plain"),
+        ("/", "there are /double, /triple, /plain; append one"),
         ("/dubble", "did you mean '/double'?"),
         ("/double/2", "no version '2' of model 'double': there is '1'"),
         ("/nothing", "no model '/nothing'"),
@@ -799,8 +799,6 @@ class Awaited(Returns):
 
 @pytest.mark.parametrize(("what", "words"), MISBEHAVIOUR)
 def test_an_awaited_model_that_misbehaves_is_500_and_the_server_goes_on(what: Any, words: str) -> None:
-    if isinstance(what, SystemExit | KeyboardInterrupt):
-        pytest.skip("on the loop's own thread these end the loop, as asyncio defines")
     models: dict[str, Any] = {"bad": Awaited(what), "double": doubling()}
     with server_ref.running(models) as url:
         with Endpoint(url + "bad", 5, retry=NO_RETRY) as endpoint, pytest.raises(InternalError, match=words):
@@ -952,7 +950,7 @@ def test_r4_the_model_is_not_run_for_clients_that_vanished_from_the_queue(way: s
     assert ran == [1.0, 3.0]
 
 
-def test_r2_a_full_queue_is_overloaded_at_once_with_retry_after(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_r2_a_full_queue_is_overloaded_at_once_with_retry_after() -> None:
     with held() as (url, running, release, ran):
         raws = [Raw(url).post()]
         assert running.wait(WAIT_S)
@@ -1029,6 +1027,17 @@ def test_what_goes_wrong_behind_a_proxy_is_not_called_the_callers_fault() -> Non
     with upstream(garbage) as there, server_ref.running({"m": Endpoint(there.url, retry=NO_RETRY)}) as url:
         with Endpoint(url, retry=NO_RETRY) as endpoint, pytest.raises(InternalError):
             endpoint(ONES)
+
+
+def test_a_proxy_that_is_not_set_up_is_not_called_the_callers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROXY_KEY", "here")
+    with upstream(lambda conversation, _: conversation.answer(b"")) as there:
+        far = Endpoint(there.url, headers={"X-Key": "${PROXY_KEY}"}, retry=NO_RETRY)
+        with server_ref.running({"m": far}) as url, Endpoint(url, retry=NO_RETRY) as endpoint:
+            assert endpoint.signature.name == "far"
+            monkeypatch.delenv("PROXY_KEY")
+            with pytest.raises(InternalError, match="PROXY_KEY"):
+                endpoint(ONES)
 
 
 def test_the_deadline_shrinks_along_a_chain() -> None:

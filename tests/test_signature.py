@@ -226,7 +226,12 @@ def test_missing_and_unknown_inputs_are_named(check: Any) -> None:
 def test_outputs_are_given_in_the_order_asked_for() -> None:
     assert SIGNATURE.select_outputs(None) == SIGNATURE.outputs
     assert [spec.name for spec in SIGNATURE.select_outputs(["probs", "logits"])] == ["probs", "logits"]
-    assert SIGNATURE.select_outputs([]) == ()
+
+
+@pytest.mark.parametrize("names", [[], (), "probs"])
+def test_no_outputs_or_a_bare_name_are_refused(names: Any) -> None:
+    with pytest.raises(SignatureError, match="expected a list of output names"):
+        SIGNATURE.select_outputs(names)
 
 
 def test_unknown_and_doubled_outputs_are_named() -> None:
