@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import remote_ops
 from remote_ops import http1
@@ -28,12 +29,13 @@ _CAFFE2_TYPES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve what the command line and the `GP_*` variables say; a flag wins over its variable."""
-    args = _parser(os.environ).parse_args(argv)
-    logging.basicConfig(
-        level=logging.DEBUG if args.verbose else logging.INFO, format="%(levelname)s %(name)s: %(message)s"
-    )
     try:
+        args = _parser(os.environ).parse_args(argv)
+        level = logging.DEBUG if args.verbose else logging.INFO
+        logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
         _check_old_flags(args)
+        if args.max_body_mb < 1:
+            raise SpecError(f"expected 1 MiB or more, got {args.max_body_mb}", path="--max-body-mb")
         _warn_if_open(args.listen)
         models = _load_all(args)
         if args.value_inputs:
@@ -86,7 +88,7 @@ def _number(env: Mapping[str, str], name: str) -> int | None:
     if not text:
         return None
     if not text.isdigit():
-        raise SystemExit(f"server_ref: {name}: expected a number, got {text!r}")
+        raise SpecError(f"expected a number, got {text!r}", path=name)
     return int(text)
 
 
@@ -142,7 +144,10 @@ def _options(what: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def _name_of(what: str) -> str:
     plain = what.partition("#")[0].partition("?")[0].rstrip("/")
-    return plain.rpartition(":")[2] if ":" in plain and "://" not in plain else Path(plain).stem
+    if "://" in plain:
+        parts = urlsplit(plain)
+        return Path(parts.path).stem or parts.hostname or "remote"
+    return plain.rpartition(":")[2] if ":" in plain else Path(plain).stem
 
 
 def _limited(servable: Servable, engine_count: int | None) -> Servable:

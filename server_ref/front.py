@@ -52,8 +52,10 @@ log = logging.getLogger("server_ref")
 
 BINARY = "application/octet-stream"
 TEXT = "text/plain; charset=utf-8"
+_NOT_LOCAL = {"origin", "forwarded", "x-forwarded-for", "via"}
 _ALLOW = ("Allow", "GET, POST, OPTIONS")
 _QUICK_S = 100e-6
+_FIRST_REQUEST_S = 0.5
 _QUICK_BYTES = 1 << 16
 
 
@@ -188,9 +190,11 @@ class Front:
         return sum(connection.in_request for connection in self.connections)
 
     def close_idle(self) -> None:
-        """Close the connections that wait for nothing, as a drain does."""
+        """Close the connections that wait for nothing, as a drain does; a new one has a moment to say what it wants."""
         for connection in tuple(self.connections):
-            if not connection.in_request:
+            if not connection.served:
+                connection.hurry(_FIRST_REQUEST_S)
+            elif not connection.in_request:
                 connection.close()
 
     def _sweep(self) -> None:
@@ -250,8 +254,8 @@ class Front:
             return _text(200, f"{len(self.connections)}\n")
         if verb != "shutdown":
             return _text(404, f"no /control/{verb}: there are is_ready, is_alive, client_count, shutdown\n")
-        # A page in somebody's browser could post here too; it cannot leave its Origin out.
-        if self.on_shutdown is None or not connection.local or "origin" in message.head.headers:
+        # A page in somebody's browser could post here too, but not without its Origin; behind a proxy all are local.
+        if self.on_shutdown is None or not connection.local or not _NOT_LOCAL.isdisjoint(message.head.headers):
             return _text(403, "shutdown is for local callers only\n")
         if method != "POST":
             return _text(405, "shutdown wants POST\n")
@@ -415,6 +419,7 @@ class Connection(asyncio.BufferedProtocol):
         self.transport: asyncio.Transport | None = None
         self.local = False
         self.busy = False
+        self.served = False
         self.job: Job | None = None
         self.task: asyncio.Task[None] | None = None
         self.expires_at = 0.0
@@ -424,6 +429,10 @@ class Connection(asyncio.BufferedProtocol):
         self._reading_paused = False
         self._drained: asyncio.Future[None] | None = None
         self._lingering = False
+
+    def hurry(self, seconds: float) -> None:
+        """Give it less time than it has."""
+        self.expires_at = min(self.expires_at, self.front.loop.time() + seconds)
 
     @property
     def _closing(self) -> bool:
@@ -483,7 +492,7 @@ class Connection(asyncio.BufferedProtocol):
         """Go as far as the bytes at hand allow: to the next complete request, unless one is being answered."""
         while self.reader.complete and not self.busy and not self._writing_paused and not self._closing:
             message = self.reader.take()
-            self.busy = True
+            self.busy = self.served = True
             self._head = message.head
             self._body_since = None
             self.expires_at = float("inf")

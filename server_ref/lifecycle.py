@@ -48,9 +48,10 @@ class Listen:
         """
         if text.startswith("unix:"):
             return cls(unix_path=text.removeprefix("unix:").removeprefix("//"))
-        host, _, port = text.rpartition(":")
-        if not port.isdigit() or int(port) > 65535:
-            raise SpecError(f"expected host:port or unix:/path.sock, got {text!r}", path="listen")
+        host, colon, port = text.rpartition(":")
+        if not colon or not port.isdigit() or int(port) > 65535:
+            hint = f"; did you mean 127.0.0.1:{text}?" if text.isdigit() else ""
+            raise SpecError(f"expected host:port or unix:/path.sock, got {text!r}{hint}", path="listen")
         return cls(host.strip("[]"), int(port))
 
     @property
@@ -82,6 +83,11 @@ class Server:
         if not models:
             raise SpecError("a server needs at least one model: got none", path="models")
         self.listen = Listen.parse(listen)
+        if tls is not None and self.listen.unix_path:
+            raise SpecError("a unix socket takes no TLS: only this machine can reach it", path="tls")
+        for name in models:
+            if len(models) > 1 and ("/" in name or name in ("", "control")):
+                raise SpecError(f"no model can be called {name!r}: its name is its path", path="models")
         self.front = Front(models, limits=limits, timeouts=timeouts, on_shutdown=on_shutdown)
         self.url = ""
         self._tls = tls
@@ -111,7 +117,8 @@ class Server:
                 host = "127.0.0.1" if where.host in ("", "0.0.0.0") else where.host
                 self.url = f"{'https' if self._tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}/"
         except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
+            named = error.errno and not isinstance(error, socket.gaierror)
+            reason = os.strerror(error.errno) if named and error.errno else error.strerror or str(error)
             place = where.unix_path or f"{where.host}:{where.port}"
             raise SpecError(f"cannot listen on {place}: {reason}", path="listen") from error
         self.front.start(loop)
@@ -129,6 +136,8 @@ class Server:
         self.front.ready = False
         self.front.draining = True  # every answer from now on asks its client to connect anew, elsewhere
         await asyncio.sleep(grace_s)
+        for _ in range(3):  # whoever has connected already is let in: closing the listener would reset them
+            await asyncio.sleep(0)
         if self._listener is not None:
             self._listener.close()
         self.front.close_idle()
@@ -157,10 +166,10 @@ class Server:
         """What runs where: a line per model with its signature and the device it really runs on."""
         lines = []
         for name, model in self.front.models.items():
-            url = self.url if len(self.front.models) == 1 else f"{self.url}{name}"
-            device = getattr(model.servable, "device", None)
+            url = self.url if len(self.front.models) == 1 else f"{self.url}{quote(name, safe='')}"
+            device = getattr(model.servable, "device", "remote" if hasattr(model.servable, "url") else "cpu")
             at_once = "awaited on the loop" if model.ainfer else f"{model.lanes.concurrency} at a time"
-            lines.append(f"{name} at {url} on {device or 'cpu'}, {at_once}\n  {model.signature}")
+            lines.append(f"{name} at {url} on {device}, {at_once}\n  {model.signature}")
         return "\n".join(lines)
 
 
@@ -264,6 +273,8 @@ def serve(
     Raises:
         SpecError: no models, or the address is taken.
     """
+    if threading.current_thread() is not threading.main_thread():
+        raise SpecError("serve() waits for signals, which only the main thread gets; use server_ref.running() here")
     loop = new_loop()
     try:
         return loop.run_until_complete(_serve(models, listen, tls, limits, timeouts, grace_s, exit_timeout_s))

@@ -531,3 +531,14 @@ def test_without_torch_the_error_says_what_to_type() -> None:
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last == "ImportError: remote_ops.torch needs torch: pip install 'remote-ops[torch]'"
+
+
+@pytest.mark.parametrize("made", [lambda: torch.eye(4).to_sparse(), lambda: torch.ones(1, 4, device="meta")])
+def test_a_tensor_without_dense_data_says_so(url: str, made: Callable[[], Any]) -> None:
+    with pytest.raises(EncodeError, match="expected a dense one with data"):
+        RemoteModule(f"{url}double")(made())
+
+
+def test_an_error_about_inputs_names_the_url(url: str) -> None:
+    with pytest.raises(SignatureError, match=f"at {url}double"):
+        RemoteModule(f"{url}double")(torch.ones(1, 4), torch.ones(1, 4))

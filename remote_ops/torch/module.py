@@ -62,7 +62,7 @@ class RemoteModule(nn.Module):
             NotDifferentiable: at the backward pass, for now.
         """
         names = [spec.name for spec in self.servable.signature.inputs]
-        values = _named_inputs(names, inputs, named)
+        values = _named_inputs(names, inputs, named, at=getattr(self.servable, "url", ""))
         devices = [value.device for value in values.values() if isinstance(value, torch.Tensor)]
         device = devices[0] if devices else torch.device("cpu")
         results = _Call.apply(self.servable, device, tuple(values), *values.values())  # type: ignore[no-untyped-call]
@@ -79,15 +79,16 @@ class RemoteModule(nn.Module):
         return repr(self.servable)
 
 
-def _named_inputs(names: Sequence[str], inputs: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+def _named_inputs(names: Sequence[str], inputs: tuple[Any, ...], named: dict[str, Any], *, at: str) -> dict[str, Any]:
     if len(inputs) > len(names):
         raise SignatureError(
             f"expected {len(names)} inputs ({', '.join(names)}), got {len(inputs)}",
-            expected=str(len(names)), got=str(len(inputs)),
+            expected=str(len(names)), got=str(len(inputs)), at=at,
         )  # fmt: skip
     values = dict(zip(names, inputs, strict=False))
     if twice := values.keys() & named.keys():
-        raise SignatureError(f"given twice, by position and by name: {', '.join(sorted(twice))}", name=min(twice))
+        both = ", ".join(sorted(twice))
+        raise SignatureError(f"given twice, by position and by name: {both}", name=min(twice), at=at)
     values |= named
     for name, value in values.items():
         if isinstance(value, list | tuple) and any(isinstance(item, torch.Tensor) for item in value):
@@ -95,6 +96,7 @@ def _named_inputs(names: Sequence[str], inputs: tuple[Any, ...], named: dict[str
             raise SignatureError(
                 f"input '{name}': expected a tensor, got a {type(value).__name__} of tensors; torch.stack them",
                 name=name,
+                at=at,
             )
     return values
 

@@ -37,6 +37,12 @@ def array_of(tensor: torch.Tensor) -> Array:
     Raises:
         EncodeError: its dtype has no form on the wire.
     """
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        what = "meta" if tensor.is_meta else str(tensor.layout)
+        raise EncodeError(
+            f"a {what} tensor {tensor.dtype} {list(tensor.shape)} has no form on the wire: expected a dense one with data",
+            dtype=str(tensor.dtype), shape=tuple(tensor.shape),
+        )  # fmt: skip
     tensor = tensor.detach().cpu()
     dtype = _NUMPY_OF.get(tensor.dtype)
     if dtype is not None:
