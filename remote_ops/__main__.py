@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from remote_ops import __version__
 from remote_ops.client import Endpoint
-from remote_ops.errors import RemoteOpsError
+from remote_ops.errors import RemoteOpsError, SpecError
 
 __all__ = ["main"]
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_metadata(Endpoint(args.url, args.timeout_s)))
     except RemoteOpsError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, SpecError) else 1
     return 0
 
 

@@ -40,7 +40,7 @@ def array_of(tensor: torch.Tensor) -> Array:
     if tensor.layout is not torch.strided or tensor.is_meta:
         what = "meta" if tensor.is_meta else str(tensor.layout)
         raise EncodeError(
-            f"a {what} tensor {tensor.dtype} {list(tensor.shape)} has no form on the wire: expected a dense one with data",
+            f"a {what} tensor {tensor.dtype} {list(tensor.shape)} has no form on the wire: expected dense data",
             dtype=str(tensor.dtype), shape=tuple(tensor.shape),
         )  # fmt: skip
     tensor = tensor.detach().cpu()
