@@ -267,6 +267,8 @@ async def write_buffers(transport: asyncio.WriteTransport, parts: Sequence[Buffe
     for part in parts:
         view = memoryview(part)
         for start in range(0, len(view), _SLICE_BYTES):
+            if transport.is_closing():  # whoever waits for it is told by `connection_lost`
+                return
             transport.write(view[start : start + _SLICE_BYTES])
             await drained()
 

@@ -42,6 +42,7 @@ from remote_ops.errors import (
     SpecError,
 )
 from remote_ops.transport import Call, HttpTransport, Reply
+from remote_ops.url import TLS
 
 Array = npt.NDArray[Any]
 X = TensorSpec("x", "float32", (-1, 2))
@@ -885,3 +886,66 @@ def test_the_repr_names_the_replicas_and_the_headers_not_their_values() -> None:
     endpoint = Endpoint(["http://a/m", "http://b/m?k=hush"], headers={"X-Key": "hush"})
     shown = "['http://a/m', 'http://b/m?...'], timeout_s=30.0, headers=['X-Key']"
     assert repr(endpoint) == f"Endpoint({shown})"
+
+
+# --------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("make", "place"),
+    [
+        (lambda: Endpoint(None), "url"),  # type: ignore[arg-type]
+        (lambda: Endpoint(["http://a/", 3]), "url"),  # type: ignore[list-item]
+        (lambda: Endpoint(b"http://a/"), "url"),  # type: ignore[arg-type]
+        (lambda: Endpoint([]), "url"),
+        (lambda: Endpoint("http://h:0/"), "url"),
+        (lambda: Endpoint("http://h/", headers="x"), "headers"),  # type: ignore[arg-type]
+        (lambda: Endpoint("http://h/", headers={"User-Agent": "me"}), "headers"),
+        (lambda: Endpoint("http://h/", retry=3), "retry"),  # type: ignore[arg-type]
+        (lambda: Endpoint("https://h/", tls="ca.pem"), "tls"),  # type: ignore[arg-type]
+        (lambda: Endpoint("http://h/", tls=TLS()), "tls"),
+        (lambda: Endpoint("https://h/", tls=TLS(), transport=HttpTransport()), "tls"),
+    ],
+)
+def test_a_wrong_argument_is_a_spec_error_that_names_it(make: Callable[[], Endpoint], place: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        make()
+    assert caught.value.path == place
+
+
+@pytest.mark.parametrize("timeout_s", [3e6, 1e10, float("inf")])
+def test_a_timeout_of_weeks_is_a_timeout(url: str, timeout_s: float) -> None:
+    with Endpoint(f"{url}double", timeout_s) as endpoint:
+        assert endpoint.submit({"x": ONES}).result(WAIT_S)["y"].tolist() == endpoint(ONES).tolist()
+
+
+def test_a_host_name_that_cannot_be_one_is_a_connect_error() -> None:
+    with pytest.raises(ConnectError):
+        Endpoint("http://a..b/", retry=Retry(1))(ONES)
+
+
+def test_a_call_that_is_to_be_sent_once_is_sent_once() -> None:
+    def answer_one(conversation: Conversation) -> None:
+        conversation.read()
+        conversation.answer(b"".join(graphpipe.encode_response([ONES])))
+        conversation.read()  # and hang up on the second, which it has read
+
+    with peer(answer_one) as there:
+        endpoint = Endpoint(there.url, retry=Retry(attempts=1))
+        endpoint._signature = SIGNATURE
+        endpoint(ONES)
+        with pytest.raises(ConnectionLost):
+            endpoint(ONES)
+        assert there.connections == 1
+
+
+def test_the_query_of_a_redirect_is_not_shown() -> None:
+    moved = status("302 Found", b"", "Location: http://h/m?api_key=SECRET")
+    with answering(moved) as (endpoint, _), pytest.raises(BadStatus, match="moved to 'http://h/m'") as caught:
+        endpoint(ONES)
+    assert "SECRET" not in str(caught.value)
+
+
+def test_a_url_shows_no_query() -> None:
+    endpoint = Endpoint("http://h/m?api_key=SECRET")
+    assert "SECRET" not in f"{endpoint!r} {endpoint.url} {endpoint._urls!r}"

@@ -262,12 +262,12 @@ def test_c29_shutdown_is_refused_where_nobody_can_stop_the_server(url: str) -> N
 
 
 @contextlib.contextmanager
-def front_on_a_loop(**options: Any) -> Iterator[tuple[str, Front]]:
-    """A front by itself, so that a test may say what a shutdown does, and see what is inside."""
+def front_on_a_loop(model: Servable | None = None, **options: Any) -> Iterator[tuple[str, Front]]:
+    """A front by itself, on a loop of the standard library, so that a test may say what a shutdown does."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    front = Front({"double": doubling()}, **options)
+    front = Front({"double": model or doubling()}, **options)
 
     async def start() -> asyncio.AbstractServer:
         front.start(loop)
@@ -1163,3 +1163,122 @@ def test_the_first_request_of_a_client_without_answer_is_a_named_error() -> None
             endpoint.infer({"x": ONES}, deadline=Deadline.after(0.1))
         release.set()
         future.result(WAIT_S)
+
+
+# --------------------------------------------------------------------------- quick models, on the loop itself
+
+
+class Quick(FunctionServable):
+    """A model that says that it never waits; a server may run it on its loop."""
+
+    never_waits = True
+
+
+def test_a_quick_model_that_never_waits_runs_on_the_loop_once_it_is_known_as_quick() -> None:
+    threads: list[str] = []
+
+    def run(x: Array) -> Array:
+        threads.append(threading.current_thread().name)
+        return x
+
+    with server_ref.running({"m": Quick(run, [X], [Y])}) as url, Endpoint(url) as endpoint:
+        for _ in range(200):
+            endpoint(ONES)
+    assert threads[0] != "server_ref"
+    assert "server_ref" in threads
+
+
+def test_requests_that_are_not_run_do_not_make_a_slow_model_look_quick() -> None:
+    threads: list[str] = []
+
+    def run(x: Array) -> Array:
+        threads.append(threading.current_thread().name)
+        return x
+
+    with server_ref.running({"m": Quick(run, [X], [Y])}) as url:
+        raw = Raw(url)
+        for _ in range(100):
+            assert raw.post(REQUEST, "/", "X-Request-Timeout-Ms: 0").read().status == 504
+        assert threads == []
+        assert raw.post().read().status == 200
+        raw.close()
+    assert threads != ["server_ref"]
+
+
+def test_c42_a_quick_model_is_not_run_for_requests_after_one_that_says_close() -> None:
+    runs = 0
+
+    def run(x: Array) -> Array:
+        nonlocal runs
+        runs += 1
+        return x
+
+    with server_ref.running({"m": Quick(run, [X], [Y])}) as url:
+        warm = Raw(url)
+        for _ in range(100):
+            warm.post().read()
+        warm.close()
+        before = runs
+        raw = Raw(url).send(post(REQUEST, "/", "Connection: close"), *[post(REQUEST, "/")] * 3)
+        assert raw.read().status == 200
+        assert raw.ended()
+        raw.close()
+    assert runs == before + 1
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_a_model_that_wants_to_exit_costs_neither_its_lane_nor_its_caller(error: type[BaseException]) -> None:
+    def run(x: Array) -> Array:
+        if x[0, 0] > 1:
+            raise error
+        return x
+
+    with server_ref.running({"m": FunctionServable(run, [X], [Y])}) as url, Endpoint(url, 5) as endpoint:
+        for _ in range(20):
+            with pytest.raises(InternalError, match=error.__name__):
+                endpoint(2 * ONES)
+        assert endpoint(ONES).tolist() == ONES.tolist()
+
+
+# --------------------------------------------------------------------------- without uvloop
+
+
+def zeros(count: int) -> bytes:
+    return post(request(["n"], [np.int64(count)]))
+
+
+@pytest.fixture
+def plain() -> Iterator[str]:
+    """A server on a loop of the standard library, whose model gives as many zeros as it is asked for."""
+    spec = [TensorSpec("n", "int64", ())]
+    model = FunctionServable(lambda n: np.zeros(int(n)), spec, [TensorSpec("y", "float64", (-1,))])
+    with front_on_a_loop(model, timeouts=Timeouts(write_s=0.5)) as (url, _):
+        yield url
+
+
+def test_a_plain_loop_answers_pipelined_requests_in_order_whatever_their_size(plain: str) -> None:
+    counts = [3, 2_000_000, 0, 1_000_000, 5, 300_000] * 3
+    with Raw(plain) as raw:
+        raw.send(*(zeros(count) for count in counts))
+        assert [only_tensor(raw.read()).shape for _ in counts] == [(count,) for count in counts]
+
+
+def test_a_plain_loop_serves_many_clients_at_once(plain: str) -> None:
+    with Endpoint(plain) as endpoint, ThreadPoolExecutor(8) as threads:
+        counts = [10 ** (index % 7) for index in range(80)]
+        assert [y.size for y in threads.map(lambda count: endpoint(np.int64(count)), counts)] == counts
+
+
+def test_a_plain_loop_survives_clients_that_vanish_or_do_not_read(plain: str, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(5):
+        with Raw(plain) as raw:
+            raw.send(zeros(2_000_000))
+            raw.file.read(10)
+            raw.reset()
+    with Raw(plain) as raw:
+        raw.send(zeros(20_000_000))
+        assert until(lambda: client_count(plain) == 2)
+        assert until(lambda: client_count(plain) == 1)
+    with Raw(plain) as raw:
+        assert only_tensor(raw.send(zeros(3)).read()).tolist() == [0, 0, 0]
+    assert not [record for record in caplog.records if record.name == "asyncio"]
