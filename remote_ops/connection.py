@@ -195,7 +195,7 @@ class BlockingConnection:
     def _send(self, parts: list[Buffer], reader: http1.Reader, deadline: Deadline, since: float) -> bool:
         """Send all of it; False if the peer answers before it has, and so does not want the rest."""
         if self._tls:
-            return self._send_tls(parts, deadline, since)
+            return self._send_tls(parts, reader, deadline, since)
         while parts:
             sent, batch = 0, _first_of(parts)
             with contextlib.suppress(BlockingIOError):
@@ -209,18 +209,23 @@ class BlockingConnection:
 
     def _answers_already(self, reader: http1.Reader) -> bool:
         """Whether what came while we send is more than an interim answer."""
-        size = self._sock.recv_into(reader.buffer(), 0, socket.MSG_DONTWAIT)
+        try:
+            size = self._sock.recv_into(reader.buffer(), 0, 0 if self._tls else socket.MSG_DONTWAIT)
+        except ssl.SSLWantReadError:  # TLS has something to say to itself
+            return False
         reader.received(size)
         return not size or not reader.idle
 
-    def _send_tls(self, parts: list[Buffer], deadline: Deadline, since: float) -> bool:
+    def _send_tls(self, parts: list[Buffer], reader: http1.Reader, deadline: Deadline, since: float) -> bool:
         for part in parts:
             view = memoryview(part)
             while view:
                 try:
                     view = view[self._sock.send(view[:_SLICE_BYTES]) :]
                 except ssl.SSLWantWriteError:
-                    self._wait(select.POLLOUT, deadline, WRITING, since)
+                    events = self._wait(select.POLLIN | select.POLLOUT, deadline, WRITING, since)
+                    if events & select.POLLIN and self._answers_already(reader):
+                        return False
                 except ssl.SSLWantReadError:
                     self._wait(select.POLLIN, deadline, WRITING, since)
         return True

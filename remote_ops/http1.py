@@ -453,6 +453,8 @@ def response_head(
 ) -> bytes:
     """Render a response's head; raises as `request_head` does."""
     close = "" if keep_alive else "Connection: close\r\n"
+    if status == 204:  # which has neither a body nor a word on it
+        return b"HTTP/1.1 204 No Content\r\n%b%b\r\n" % (close.encode(), _lines(headers))
     first = (
         f"HTTP/1.1 {status} {_REASONS.get(status, 'Status')}\r\nContent-Length: {body_bytes}\r\n"
         f"Content-Type: {content_type}\r\n{close}"

@@ -28,11 +28,14 @@ from remote_ops.connection import write_buffers
 from remote_ops.deadline import Deadline
 from remote_ops.errors import (
     CodecError,
+    ConnectError,
+    ConnectionLost,
     EncodeError,
     FramingError,
     InternalError,
     InvalidRequest,
     ModelNotFound,
+    ModelUnavailable,
     Overloaded,
     RemoteError,
     RemoteOpsError,
@@ -283,8 +286,9 @@ class Front:
             if isinstance(outcome, BaseException):
                 raise outcome
             return Answer(200, BINARY, outcome)
-        connection.job = job = Job(call.outcome, connection.reply_outcome)
+        job = Job(call.outcome, connection.reply_outcome)
         model.lanes.submit(job)
+        connection.job, connection.lanes = job, model.lanes
         return None
 
 
@@ -360,6 +364,8 @@ class _Run(NamedTuple):
         """What a model failed with, as its caller should see it: bytes that it could not read were not the caller's."""
         if isinstance(error, CodecError | FramingError):
             return InternalError(f"model '{self.model.name}' got an answer it cannot read: {error}")
+        if isinstance(error, ConnectError | ConnectionLost):
+            return ModelUnavailable(f"model '{self.model.name}' is out of reach: {error}")
         if isinstance(error, SpecError):
             return InternalError(f"model '{self.model.name}' is not set up to run: {error}")
         return error
@@ -421,6 +427,7 @@ class Connection(asyncio.BufferedProtocol):
         self.busy = False
         self.served = False
         self.job: Job | None = None
+        self.lanes: Lanes | None = None
         self.task: asyncio.Task[None] | None = None
         self.expires_at = 0.0
         self._head: http1.Head | None = None
@@ -613,8 +620,8 @@ class Connection(asyncio.BufferedProtocol):
             self.transport.abort()
 
     def _cancel(self) -> None:
-        if self.job is not None:
-            self.job.cancelled = True
+        if self.job is not None and self.lanes is not None:
+            self.lanes.cancel(self.job)
             self.job = None
         if self.task is not None:
             self.task.cancel()

@@ -10,6 +10,7 @@ only.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 from collections import deque
@@ -87,6 +88,13 @@ class Lanes:
             lane = self._idle.pop()
         lane.job = job
         lane.wake.release()
+
+    def cancel(self, job: Job) -> None:
+        """Give a job up: if it waits, others get its place; if it runs, it is not interrupted. Call it on the loop."""
+        job.cancelled = True
+        with self._lock, contextlib.suppress(ValueError):
+            self._waiting.remove(job)
+            self.pending -= 1
 
     def stop(self) -> None:
         """Let the threads end; a job that runs is not interrupted, and its outcome is dropped."""

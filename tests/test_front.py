@@ -35,6 +35,7 @@ from remote_ops.errors import (
     InternalError,
     InvalidRequest,
     ModelNotFound,
+    ModelUnavailable,
     Overloaded,
     RemoteOpsError,
 )
@@ -1282,3 +1283,27 @@ def test_a_plain_loop_survives_clients_that_vanish_or_do_not_read(plain: str, ca
     with Raw(plain) as raw:
         assert only_tensor(raw.send(zeros(3)).read()).tolist() == [0, 0, 0]
     assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
+def test_clients_that_vanish_give_their_places_in_the_queue_to_others() -> None:
+    with held() as (url, running, release, _):
+        first = Raw(url).post()
+        assert running.wait(WAIT_S)
+        gone = [Raw(url).post() for _ in range(1023)]
+        assert until(lambda: client_count(url) == 1025)
+        for raw in gone:
+            raw.close()
+        assert until(lambda: client_count(url) == 2)
+        living = Raw(url).post()
+        release.set()
+        assert living.read().status == 200
+        for raw in (first, living):
+            raw.close()
+
+
+def test_an_upstream_that_is_down_is_a_model_that_is_unavailable() -> None:
+    upstream = Endpoint("http://127.0.0.1:1/", retry=NO_RETRY)
+    upstream._signature = Signature((X,), (Y,))
+    with server_ref.running({"m": upstream}) as url, Endpoint(url, retry=NO_RETRY) as endpoint:
+        with pytest.raises(ModelUnavailable, match="out of reach"):
+            endpoint(ONES)
