@@ -116,7 +116,6 @@ def test_only_the_outputs_asked_for_are_returned_in_the_order_asked_for() -> Non
     servable = function(lambda x: (2 * x, x.sum(1)), Y, Z)
     assert list(servable.infer({"x": ONES}, ["z"])) == ["z"]
     assert list(servable.infer({"x": ONES}, ["z", "y"])) == ["z", "y"]
-    assert servable.infer({"x": ONES}, []) == {}
 
 
 def test_input_names_that_are_no_identifiers_reach_the_function() -> None:
