@@ -578,7 +578,8 @@ def test_r1_no_request_fails_while_one_of_two_replicas_is_drained(tmp_path: Path
 @pytest.mark.slow
 def test_sigint_drains_without_grace(tmp_path: Path) -> None:
     with serving(tmp_path, grace_s=30.0) as server:
-        endpoint = Endpoint(server.url(), 10)
+        endpoint = Endpoint(server.url(), 10, retry=NO_RETRY)
+        assert endpoint.signature.inputs  # so that the first thing submitted is the call itself
         in_flight = endpoint.submit({"x": ONES}, config=b"500")
         assert until(lambda: Endpoint(server.url())(ONES) is not None)
         server.signal(signal.SIGINT)
@@ -601,9 +602,11 @@ def test_a_second_signal_ends_the_drain_with_1(tmp_path: Path, number: signal.Si
 @pytest.mark.slow
 def test_a_model_that_does_not_end_is_given_up_with_1_after_the_exit_timeout(tmp_path: Path) -> None:
     with serving(tmp_path, "--exit-timeout-s", "0.5") as server:
-        future = Endpoint(server.url(), 30, retry=NO_RETRY).submit({"x": ONES}, config=b"60000")
+        endpoint = Endpoint(server.url(), 30, retry=NO_RETRY)
+        assert endpoint.signature.inputs
+        future = endpoint.submit({"x": ONES}, config=b"60000")
         with Kept(server.url()) as kept:
-            assert until(lambda: int(kept.ask("/control/client_count").body) == 2)
+            assert until(lambda: int(kept.ask("/control/client_count").body) == 3)
             server.signal(signal.SIGTERM)
             assert server.wait(5) == 1
         with pytest.raises(RemoteOpsError):
