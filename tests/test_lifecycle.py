@@ -501,8 +501,9 @@ def test_r1_sigterm_says_not_ready_at_once_and_serves_on_until_the_grace_ends(tm
         assert idle.ask("/control/is_ready").status == 200
         assert kept.ask("/control/is_ready").status == 200
         with Endpoint(url, 10, retry=NO_RETRY) as endpoint:
+            assert endpoint.signature.inputs
             in_flight = endpoint.submit({"x": ONES}, config=b"3000")
-            assert until(lambda: Endpoint(url)(ONES) is not None)
+            assert until(lambda: int(kept.ask("/control/client_count").body) == 4)
             since = time.monotonic()
             server.signal(signal.SIGTERM)
 
@@ -581,7 +582,8 @@ def test_sigint_drains_without_grace(tmp_path: Path) -> None:
         endpoint = Endpoint(server.url(), 10, retry=NO_RETRY)
         assert endpoint.signature.inputs  # so that the first thing submitted is the call itself
         in_flight = endpoint.submit({"x": ONES}, config=b"500")
-        assert until(lambda: Endpoint(server.url())(ONES) is not None)
+        with Kept(server.url()) as kept:
+            assert until(lambda: int(kept.ask("/control/client_count").body) == 3)
         server.signal(signal.SIGINT)
         np.testing.assert_array_equal(in_flight.result(WAIT_S)["y"], 2 * ONES)
         assert server.wait(5) == 0
