@@ -4,7 +4,7 @@
 command. Nothing here knows what a model computes.
 """
 
-from server_ref.front import Timeouts
+from server_ref.connection import Timeouts
 from server_ref.lifecycle import running, serve
 
 __all__ = ["Timeouts", "running", "serve"]

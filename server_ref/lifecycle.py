@@ -23,7 +23,8 @@ from urllib.parse import quote
 from remote_ops import http1
 from remote_ops.errors import SpecError
 from remote_ops.servable import Servable
-from server_ref.front import Front, Timeouts
+from server_ref.connection import Timeouts
+from server_ref.front import Front
 
 __all__ = ["Server", "running", "serve"]
 

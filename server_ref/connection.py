@@ -1,0 +1,311 @@
+"""One connection of a client: HTTP/1.1 requests in, one at a time and in order; answers out; its timeouts.
+
+Framing is `http1`; what a request means is its host's, the front. It knows no models.
+
+Everything changes on the loop's thread only, so there is no lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeAlias
+
+from remote_ops import graphpipe, http1
+from remote_ops.buffers import BufferPool
+from remote_ops.connection import write_buffers
+from remote_ops.errors import FramingError, RemoteError, RemoteOpsError, answer_of
+from server_ref.instances import Job, Lanes
+
+__all__ = ["BINARY", "TEXT", "Answer", "Connection", "Host", "Timeouts"]
+
+Buffer: TypeAlias = "bytes | bytearray | memoryview"
+log = logging.getLogger("server_ref")
+
+BINARY = "application/octet-stream"
+TEXT = "text/plain; charset=utf-8"
+_DISCARD = memoryview(bytearray(1 << 16))
+_JOIN_BYTES = 1 << 12
+_WRITE_AT_ONCE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long a peer may take, in seconds: for a header block, between requests, and for reading an answer.
+
+    A body may take `body_s` plus a second per `min_rate` bytes of it that have come.
+    """
+
+    head_s: float = 10.0
+    idle_s: float = 120.0
+    body_s: float = 10.0
+    write_s: float = 120.0
+    min_rate: int = 100_000
+
+
+class Answer(NamedTuple):
+    """What goes back: status, content type, and the body as buffers."""
+
+    status: int
+    content_type: str
+    body: Sequence[Buffer]
+    headers: Sequence[tuple[str, str]] = ()
+
+
+class Host(Protocol):
+    """What a connection needs of the front that it belongs to."""
+
+    limits: http1.Limits
+    timeouts: Timeouts
+    buffers: BufferPool
+    connections: set[Connection]
+    loop: asyncio.AbstractEventLoop
+    draining: bool
+
+    def answer(self, message: http1.Message, connection: Connection) -> Answer | None:
+        """Answer a request, or start what will answer it through the connection's `reply_outcome`."""
+
+
+def _first_line(error: BaseException) -> str:
+    try:
+        return f": {(str(error).splitlines() or [''])[0][:300]}"
+    except Exception:  # it cannot even say what it is
+        return ""
+
+
+def error_answer(error: BaseException, *, as_text: bool = False) -> Answer:
+    """The answer to a request that failed: a status, and a message that says why, without traces or paths of ours."""
+    if isinstance(error, RemoteOpsError):
+        message = error.message if isinstance(error, RemoteError) else str(error)
+    else:
+        message = f"the model raised {type(error).__name__}{_first_line(error)}"
+        log.error("a model raised", exc_info=error)
+    _, code, status = answer_of(error)
+    status = error.status if isinstance(error, FramingError) else status
+    headers = [("Retry-After", "1")] if status in (429, 503) else []
+    if as_text:
+        return Answer(status, TEXT, (f"{message}\n".encode(),), headers)
+    return Answer(status, BINARY, (graphpipe.encode_error(code, message),), headers)
+
+
+class Connection(asyncio.BufferedProtocol):
+    """One connection: requests are answered one at a time, in order; what comes meanwhile waits in the reader.
+
+    `busy` from the moment a request is complete until its answer is handed to the transport. A peer that closes its
+    side while it is `busy` is taken to have gone: what it asked for is cancelled if it has not started.
+    """
+
+    def __init__(self, front: Host) -> None:
+        self.front = front
+        self.reader = http1.Reader("request", front.limits, front.buffers.take)
+        self.transport: asyncio.Transport | None = None
+        self.local = False
+        self.busy = False
+        self.served = False
+        self.job: Job | None = None
+        self.lanes: Lanes | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.expires_at = 0.0
+        self._head: http1.Head | None = None
+        self._body_since: float | None = None
+        self._writing_paused = False
+        self._reading_paused = False
+        self._drained: asyncio.Future[None] | None = None
+        self._lingering = False
+
+    def hurry(self, seconds: float) -> None:
+        """Give it less time than it has."""
+        self.expires_at = min(self.expires_at, self.front.loop.time() + seconds)
+
+    @property
+    def _closing(self) -> bool:
+        return self.transport is None or self.transport.is_closing()
+
+    @property
+    def in_request(self) -> bool:
+        """Whether part of a request is here, or its answer is not yet sent."""
+        return self.busy or not self.reader.idle or self._writing_paused
+
+    # the loop calls these
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]
+        peer = transport.get_extra_info("peername")
+        self.local = not isinstance(peer, tuple) or peer[0] in ("127.0.0.1", "::1") or peer[0].startswith("127.")
+        self.front.connections.add(self)
+        self._expire_after(self.front.timeouts.head_s)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return _DISCARD if self._lingering or self.reader.failure is not None else self.reader.buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._lingering or self.reader.failure is not None:
+            return
+        if self.reader.idle and not self.busy:
+            self._expire_after(self.front.timeouts.head_s)
+        with contextlib.suppress(FramingError):  # `_advance` answers it, in its turn
+            self.reader.received(nbytes)
+        self._advance()
+
+    def eof_received(self) -> bool:
+        self.close()
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.front.connections.discard(self)
+        self._cancel()
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+
+    def pause_writing(self) -> None:
+        self._writing_paused = True
+        self._expire_after(self.front.timeouts.write_s)
+
+    def resume_writing(self) -> None:
+        self._writing_paused = False
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+        if not self.busy:
+            self._expire_after(self.front.timeouts.idle_s)
+            self._advance()
+
+    # requests
+
+    def _advance(self) -> None:
+        """Go as far as the bytes at hand allow: to the next complete request, unless one is being answered."""
+        while self.reader.complete and not self.busy and not self._writing_paused and not self._closing:
+            message = self.reader.take()
+            self.busy = self.served = True
+            self._head = message.head
+            self._body_since = None
+            self.expires_at = float("inf")
+            try:
+                answer = self.front.answer(message, self)
+            except Exception as error:
+                answer = self._error(error)
+            del message  # its buffer goes back as soon as the model is done with it
+            if answer is not None:
+                self.reply(answer)
+        if self.reader.failure is not None and not self.busy:
+            return self._refuse(self.reader.failure)
+        self._mind_the_body()
+        if self.reader.full and not self._reading_paused and self.transport is not None:
+            self._reading_paused = True
+            self.transport.pause_reading()
+        return None
+
+    def _mind_the_body(self) -> None:
+        """A head is there and its body is not: say whether it is wanted, and by when."""
+        head = self.reader.head
+        if head is None or self.reader.complete or self.busy:
+            return
+        if self._body_since is None:
+            self._body_since = self.front.loop.time()
+            if head.expects_continue and self.transport is not None:
+                self.transport.write(http1.CONTINUE)
+        timeouts = self.front.timeouts
+        self.expires_at = self._body_since + timeouts.body_s + self.reader.body_bytes / timeouts.min_rate
+
+    def reply_outcome(self, outcome: list[Buffer] | BaseException) -> None:
+        """Answer the request at hand with what its run ended in."""
+        self.job = self.task = None
+        if isinstance(outcome, BaseException):
+            self.reply(self._error(outcome))
+        else:
+            self.reply(Answer(200, BINARY, outcome))
+        self._advance()
+
+    def _error(self, error: BaseException) -> Answer:
+        accept = self._head.headers.get("accept", "") if self._head is not None else ""
+        return error_answer(error, as_text=accept.startswith("text/plain"))
+
+    def reply(self, answer: Answer) -> None:
+        """Write an answer and be ready for the next request."""
+        transport, head = self.transport, self._head
+        if transport is None or transport.is_closing() or head is None:
+            self.busy = False
+            return
+        keep_alive = head.keep_alive and not self.front.draining
+        size = sum(map(len, answer.body))
+        body = () if head.method == "HEAD" else answer.body
+        rendered = http1.response_head(
+            answer.status, size, answer.content_type, keep_alive=keep_alive, headers=answer.headers
+        )
+        parts = [rendered, *body]
+        if size > _WRITE_AT_ONCE_BYTES and not type(transport).__module__.startswith("uvloop"):
+            self.task = self.front.loop.create_task(self._write_slowly(transport, parts, keep_alive))
+            return
+        if size < _JOIN_BYTES:
+            transport.write(b"".join(parts))
+        else:
+            transport.writelines(parts)
+        self._written(keep_alive)
+
+    async def _write_slowly(self, transport: asyncio.Transport, parts: Sequence[Buffer], keep_alive: bool) -> None:
+        await write_buffers(transport, parts, self._wait_until_drained)
+        self._written(keep_alive)
+        self._advance()
+
+    async def _wait_until_drained(self) -> None:
+        if self._writing_paused:
+            self._drained = self.front.loop.create_future()
+            await self._drained
+
+    def _written(self, keep_alive: bool) -> None:
+        self.busy = False
+        self._head = None
+        if not keep_alive:
+            self.close()
+            return
+        if not self._writing_paused:
+            self._expire_after(self.front.timeouts.idle_s)
+        if self._reading_paused and self.transport is not None:
+            self._reading_paused = False
+            self.transport.resume_reading()
+
+    # ends
+
+    def _refuse(self, error: FramingError) -> None:
+        """Answer what cannot be read as a request, and close: where the next one would begin is unknown."""
+        if self._lingering or self.transport is None:
+            return
+        answer = self._error(error)
+        head = http1.response_head(answer.status, sum(map(len, answer.body)), answer.content_type, keep_alive=False)
+        self.transport.write(head + b"".join(answer.body))
+        # Closing now would reset the connection while the peer still sends, and it would never see the answer.
+        self._lingering = True
+        self._expire_after(2.0)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    def expire(self) -> None:
+        """The peer took too long."""
+        if self._lingering or self.busy or self._writing_paused or self.reader.idle:
+            self.abort()
+        else:
+            self._refuse(FramingError("the request did not arrive in time", status=408))
+
+    def close(self) -> None:
+        """Close once what is written has been sent."""
+        if self.transport is not None:
+            self.transport.close()
+
+    def abort(self) -> None:
+        """Close at once."""
+        if self.transport is not None:
+            self.transport.abort()
+
+    def _cancel(self) -> None:
+        if self.job is not None and self.lanes is not None:
+            self.lanes.cancel(self.job)
+            self.job = None
+        if self.task is not None:
+            self.task.cancel()
+            self.task = None
+        self.busy = False
+
+    def _expire_after(self, seconds: float) -> None:
+        self.expires_at = self.front.loop.time() + seconds
