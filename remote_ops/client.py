@@ -25,6 +25,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy.typing as npt
 
 from remote_ops import graphpipe
+from remote_ops.connection import new_loop
 from remote_ops.deadline import Deadline, ambient
 from remote_ops.errors import (
     BadStatus,
@@ -89,9 +90,9 @@ class Endpoint:
         self._transport: Transport = transport or HttpTransport(tls)
         self._signature: Signature | None = None
         self._turn = itertools.count()
-        self._forget_locks()
+        self._renew_lock()
 
-    def _forget_locks(self) -> None:
+    def _renew_lock(self) -> None:
         self._lock = threading.Lock()
         _ENDPOINTS.add(self)
 
@@ -199,7 +200,7 @@ class Endpoint:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._turn = itertools.count()
-        self._forget_locks()
+        self._renew_lock()
 
     # how it is done
 
@@ -452,17 +453,9 @@ def _background_loop() -> asyncio.AbstractEventLoop:
     global _background
     with _BACKGROUND_LOCK:
         if _background is None:
-            _background = _new_loop()
+            _background = new_loop()
             threading.Thread(target=_background.run_forever, name="remote-ops", daemon=True).start()
         return _background
-
-
-def _new_loop() -> asyncio.AbstractEventLoop:
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
 
 
 def _after_fork() -> None:
@@ -471,7 +464,7 @@ def _after_fork() -> None:
     _BACKGROUND_LOCK = threading.Lock()
     _background = None
     for endpoint in tuple(_ENDPOINTS):
-        endpoint._forget_locks()
+        endpoint._renew_lock()
 
 
 os.register_at_fork(after_in_child=_after_fork)

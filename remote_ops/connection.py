@@ -24,10 +24,19 @@ from remote_ops.deadline import Deadline
 from remote_ops.errors import ConnectError, ConnectionLost, DeadlineExceeded, FramingError
 from remote_ops.url import Url
 
-__all__ = ["AsyncConnection", "BlockingConnection", "Stale", "open_on_loop", "write_buffers"]
+__all__ = [
+    "AsyncConnection",
+    "BlockingConnection",
+    "Stale",
+    "new_loop",
+    "open_on_loop",
+    "write_at_once",
+    "write_buffers",
+]
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 _IOV_MAX = 512
+_JOINED_BYTES = 1 << 12  # less than this is sooner copied than written in pieces
 _SLICE_BYTES = 1 << 20
 _MUCH_BYTES = 1 << 18  # more than a head is ever received into
 _PATIENCE_S = 0.05
@@ -290,17 +299,36 @@ def _addresses(url: Url) -> list[tuple[int, Any]]:
 # --------------------------------------------------------------------------- asyncio
 
 
-async def write_buffers(transport: asyncio.WriteTransport, parts: Sequence[Buffer], drained: Any) -> None:
-    """Write buffers in order without joining them; `drained()` is awaited where the transport would copy.
+def new_loop() -> asyncio.AbstractEventLoop:
+    """uvloop's if it is installed, else the standard library's: slower, and it copies more."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def write_at_once(transport: asyncio.WriteTransport, parts: Sequence[Buffer]) -> bool:
+    """Write buffers in order, unless the transport would copy much of them; whether it did.
 
     uvloop takes a list of buffers and copies none. The transports of the standard library copy what the socket does
-    not take at once, so they are fed a slice at a time.
+    not take at once.
     """
-    if type(transport).__module__.startswith("uvloop"):
-        transport.writelines(parts)
-        return
-    if sum(map(len, parts)) <= _SLICE_BYTES:
+    size = sum(map(len, parts))
+    if size <= _JOINED_BYTES:
         transport.write(b"".join(parts))
+    elif type(transport).__module__.startswith("uvloop"):
+        transport.writelines(parts)
+    elif size <= _SLICE_BYTES:
+        transport.write(b"".join(parts))
+    else:
+        return False
+    return True
+
+
+async def write_buffers(transport: asyncio.WriteTransport, parts: Sequence[Buffer], drained: Any) -> None:
+    """Write buffers in order: at once, or a slice at a time with `drained()` awaited after each."""
+    if write_at_once(transport, parts):
         return
     for part in parts:
         view = memoryview(part)
@@ -330,7 +358,6 @@ class AsyncConnection(asyncio.BufferedProtocol):
     # the loop calls these
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "writelines")
         self._transport = transport  # type: ignore[assignment]
 
     def get_buffer(self, sizehint: int) -> memoryview:

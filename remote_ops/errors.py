@@ -197,7 +197,7 @@ class NodeError(RemoteOpsError):
         self.graph = graph
 
 
-class Answer(NamedTuple):
+class ErrorRow(NamedTuple):
     """How an error class travels: its numeric code in the body, its HTTP status on the head."""
 
     error: type[RemoteOpsError]
@@ -207,20 +207,20 @@ class Answer(NamedTuple):
 
 # The codes are the canonical ones of gRPC, which TensorFlow's status codes share.
 ANSWERS = (
-    Answer(InvalidRequest, 3, 400),
-    Answer(DeadlineExceeded, 4, 504),
-    Answer(ModelNotFound, 5, 404),
-    Answer(Overloaded, 8, 429),
-    Answer(NotDifferentiable, 12, 501),
-    Answer(InternalError, 13, 500),
-    Answer(ModelUnavailable, 14, 503),
+    ErrorRow(InvalidRequest, 3, 400),
+    ErrorRow(DeadlineExceeded, 4, 504),
+    ErrorRow(ModelNotFound, 5, 404),
+    ErrorRow(Overloaded, 8, 429),
+    ErrorRow(NotDifferentiable, 12, 501),
+    ErrorRow(InternalError, 13, 500),
+    ErrorRow(ModelUnavailable, 14, 503),
 )
 _BY_CLASS = {answer.error: answer for answer in ANSWERS}
 _BY_CODE = {answer.code: answer for answer in ANSWERS}
 _REFUSED = (SignatureError, CodecError, SpecError, FramingError)
 
 
-def answer_of(error: BaseException) -> Answer:
+def answer_of(error: BaseException) -> ErrorRow:
     """Say how a server answers `error`; whatever is not listed is an internal error."""
     if isinstance(error, _REFUSED):
         return _BY_CLASS[InvalidRequest]

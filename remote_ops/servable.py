@@ -19,7 +19,7 @@ import numpy as np
 
 from remote_ops.deadline import Deadline
 from remote_ops.errors import InternalError, SignatureError, SpecError
-from remote_ops.signature import Array, Signature, TensorSpec
+from remote_ops.signature import Array, Signature, TensorSpec, did_you_mean
 
 __all__ = ["FunctionServable", "Servable", "load", "run_checked"]
 
@@ -251,8 +251,7 @@ def _make(kind: type[Servable], source: str | Path, options: Mapping[str, Any]) 
     """Construct a servable; an option that its class lacks is a `SpecError`."""
     _, *known = inspect.signature(kind).parameters
     if unknown := [option for option in options if option not in known]:
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
+        hint = did_you_mean(unknown[0], known)
         raise SpecError(
             f"{kind.__name__} has no option '{unknown[0]}': expected some of {', '.join(known)}{hint}",
             path="options",
@@ -304,8 +303,7 @@ def _import(module: str, thing: str, what: str) -> Servable:
         try:
             found = getattr(found, attribute)
         except AttributeError as error:
-            close = difflib.get_close_matches(attribute, dir(found), n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
+            hint = did_you_mean(attribute, dir(found))
             raise SpecError(f"'{module}' has no '{attribute}'{hint}", path=what) from error
     if _is_servable(found):
         return found

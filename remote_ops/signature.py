@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from remote_ops.errors import NotDifferentiable, SignatureError, SpecError
 
-__all__ = ["DTYPES", "DType", "Signature", "TensorSpec", "describe"]
+__all__ = ["DTYPES", "DType", "Signature", "TensorSpec", "describe", "did_you_mean"]
 
 Array = npt.NDArray[Any]
 MAX_RANK = 32
@@ -338,7 +338,7 @@ class Signature:
                 )
             if name not in self._inputs:
                 return SignatureError(
-                    f"no input '{name}': expected {expected}{_did_you_mean(name, self._inputs)}",
+                    f"no input '{name}': expected {expected}{did_you_mean(name, self._inputs)}",
                     name=name, expected=expected, got=", ".join(values), at=at,
                 )  # fmt: skip
         missing = ", ".join(f"'{spec.name}' ({spec})" for spec in self.inputs if spec.name not in values)
@@ -349,11 +349,12 @@ class Signature:
             return NotDifferentiable(f"model '{self.name}' gives no '{name}': it has no gradients", endpoint=at)
         expected = ", ".join(self._outputs)
         return SignatureError(
-            f"no output '{name}': expected one of {expected}{_did_you_mean(name, self._outputs)}",
+            f"no output '{name}': expected one of {expected}{did_you_mean(name, self._outputs)}",
             name=name, expected=expected, got=name, at=at,
         )  # fmt: skip
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What to add to a message about an unknown name: the known one that is most like it, if one is."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean '{close[0]}'?" if close else ""

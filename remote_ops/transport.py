@@ -100,11 +100,11 @@ class _LoopPool:
 
 
 class HttpTransport:
-    """Our own HTTP/1.1: no copy of the body on either side, one pool of kept connections per thread model and host.
+    """Our own HTTP/1.1: no copy of the body on either side, kept connections are used again.
 
     Args:
         tls: for https; the system's trust unless said.
-        max_idle: most idle connections kept per address, 1 or more.
+        max_idle: most idle connections kept per address, 1 or more; for blocking calls, and again for each event loop.
         idle_s: how long an idle connection is kept, in seconds.
     """
 
@@ -268,7 +268,8 @@ def _of_requests(error: requests.RequestException, url: Url, since: float) -> Tr
     if isinstance(error, requests.ConnectionError) and isinstance(outer, MaxRetryError):
         return refused(url, OSError(reason))
     if isinstance(error, requests.ConnectionError | requests.exceptions.ChunkedEncodingError):
-        return lost(url, OSError(reason), WAITING)
+        begun = isinstance(error, requests.exceptions.ChunkedEncodingError)
+        return lost(url, OSError(reason), READING if begun else WAITING)
     return TransportError(f"{reason} - at {url.text}")
 
 

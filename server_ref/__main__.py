@@ -151,8 +151,8 @@ def _name_of(what: str) -> str:
 
 
 def _limited(servable: Servable, engine_count: int | None) -> Servable:
-    if engine_count and hasattr(servable, "concurrency"):
-        servable.concurrency = engine_count
+    if engine_count:
+        servable.concurrency = engine_count  # type: ignore[attr-defined]  # what `instances.room_for` reads
     return servable
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from remote_ops import graphpipe, http1
 from remote_ops.buffers import BufferPool
-from remote_ops.connection import write_buffers
+from remote_ops.connection import write_at_once, write_buffers
 from remote_ops.errors import FramingError, RemoteError, RemoteOpsError, answer_of
 from server_ref.instances import Job, Lanes
 
@@ -28,8 +28,6 @@ log = logging.getLogger("server_ref")
 BINARY = "application/octet-stream"
 TEXT = "text/plain; charset=utf-8"
 _DISCARD = memoryview(bytearray(1 << 16))
-_JOIN_BYTES = 1 << 12
-_WRITE_AT_ONCE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -235,14 +233,10 @@ class Connection(asyncio.BufferedProtocol):
             answer.status, size, answer.content_type, keep_alive=keep_alive, headers=answer.headers
         )
         parts = [rendered, *body]
-        if size > _WRITE_AT_ONCE_BYTES and not type(transport).__module__.startswith("uvloop"):
-            self.task = self.front.loop.create_task(self._write_slowly(transport, parts, keep_alive))
-            return
-        if size < _JOIN_BYTES:
-            transport.write(b"".join(parts))
+        if write_at_once(transport, parts):
+            self._written(keep_alive)
         else:
-            transport.writelines(parts)
-        self._written(keep_alive)
+            self.task = self.front.loop.create_task(self._write_slowly(transport, parts, keep_alive))
 
     async def _write_slowly(self, transport: asyncio.Transport, parts: Sequence[Buffer], keep_alive: bool) -> None:
         await write_buffers(transport, parts, self._wait_until_drained)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from urllib.parse import unquote
 
 from remote_ops import graphpipe, http1
@@ -19,6 +18,7 @@ from remote_ops.buffers import BufferPool
 from remote_ops.deadline import Deadline
 from remote_ops.errors import InvalidRequest, ModelNotFound, Overloaded
 from remote_ops.servable import Servable
+from remote_ops.signature import did_you_mean
 from server_ref.connection import BINARY, TEXT, Answer, Connection, Timeouts
 from server_ref.instances import Job
 from server_ref.model import Model, Run, name_inputs
@@ -104,7 +104,7 @@ class Front:
     # routes
 
     def answer(self, message: http1.Message, connection: Connection) -> Answer | None:
-        """Answer a request, or start what will; None if the answer comes later, through `connection.reply`."""
+        """Answer a request, or start what will; None if the answer comes later, through its `reply_outcome`."""
         method, target = message.head.method, message.head.target
         path = target.partition("?")[0]
         if path.startswith("/control/"):
@@ -134,12 +134,11 @@ class Front:
         if model is not None:
             there_is = f"there is '{model.signature.version}'" if model.signature.version else "it has no versions"
             raise ModelNotFound(f"no version '{version}' of model '{name}': {there_is}")
-        close = get_close_matches(name, self.models, 1)
-        hint = f"; did you mean '/{close[0]}'?" if close else ""
-        known = ", ".join(f"/{known}" for known in self.models)
+        known = [f"/{model}" for model in self.models]
+        there_are = f"there are {', '.join(known)}"
         if not name:
-            raise ModelNotFound(f"this URL names no model: there are {known}; append one of them")
-        raise ModelNotFound(f"no model '/{name}': there are {known}{hint}")
+            raise ModelNotFound(f"this URL names no model: {there_are}; append one of them")
+        raise ModelNotFound(f"no model '/{name}': {there_are}{did_you_mean(f'/{name}', known)}")
 
     def _control(self, verb: str, method: str, message: http1.Message, connection: Connection) -> Answer:
         if verb == "is_ready":
@@ -167,8 +166,7 @@ class Front:
             return Answer(200, BINARY, (model.metadata,))
         arrays = model.signature.view_inputs(name_inputs(model.signature, request), at=model.name)
         wanted = model.signature.select_outputs(request.output_names or None, at=model.name)
-        names = [spec.name for spec in wanted]
-        call = Run(model, arrays, names, wanted, request.config, deadline)
+        call = Run(model, arrays, wanted, request.config, deadline)
         if model.ainfer is not None:
             if model.awaited >= model.lanes.max_queue:
                 raise Overloaded(f"{model.awaited} requests wait already: expected at most {model.lanes.max_queue}")

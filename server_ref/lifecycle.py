@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import logging
 import os
 import signal
 import socket
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from remote_ops import http1
+from remote_ops.connection import new_loop
 from remote_ops.errors import SpecError
 from remote_ops.servable import Servable
 from server_ref.connection import Timeouts
@@ -28,7 +28,6 @@ from server_ref.front import Front
 
 __all__ = ["Server", "running", "serve"]
 
-log = logging.getLogger("server_ref")
 _BACKLOG = 1024
 
 
@@ -188,15 +187,6 @@ def _remove_stale(path: str) -> None:
         os.unlink(path)
         return
     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-
-
-def new_loop() -> asyncio.AbstractEventLoop:
-    """uvloop's if it is installed, else the standard library's: slower, and it copies more."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
 
 
 @contextlib.contextmanager

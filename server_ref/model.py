@@ -120,10 +120,14 @@ class Run(NamedTuple):
 
     model: Model
     arrays: dict[str, Array]
-    names: list[str]
     wanted: tuple[TensorSpec, ...]
     config: bytes
     deadline: Deadline
+
+    @property
+    def names(self) -> list[str]:
+        """The outputs asked for, in order."""
+        return [spec.name for spec in self.wanted]
 
     def outcome(self) -> list[Buffer] | BaseException:
         """The buffers of the answer, or what went wrong."""

@@ -130,7 +130,7 @@ def test_codes_and_statuses_are_unique_and_every_remote_error_has_one() -> None:
 
 
 @pytest.mark.parametrize("answer", ANSWERS, ids=lambda answer: answer.error.__name__)
-def test_an_answer_and_its_error_are_each_others_inverse(answer: errors.Answer) -> None:
+def test_an_answer_and_its_error_are_each_others_inverse(answer: errors.ErrorRow) -> None:
     error = from_answer(answer.code, "why", endpoint=AT)
     assert type(error) is answer.error
     assert str(error) == f"why - from {AT}"

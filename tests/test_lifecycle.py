@@ -651,3 +651,10 @@ def test_a_process_that_was_killed_leaves_a_socket_that_the_next_one_replaces(tm
     assert path.exists()
     with command(tmp_path, *argv) as server:
         np.testing.assert_array_equal(Endpoint(server.url())(ONES), 2 * ONES)
+
+
+@pytest.mark.slow
+def test_an_engine_count_holds_for_python_models_too(tmp_path: Path) -> None:
+    with serving(tmp_path, "--engine-count", "5") as server:
+        server.url()
+        assert "5 at a time" in server.said
