@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import dataclasses
 import itertools
 import math
 import os
@@ -46,7 +47,7 @@ from remote_ops.signature import Signature, TensorSpec
 from remote_ops.transport import Call, HttpTransport, Reply, Transport
 from remote_ops.url import TLS, Url
 
-__all__ = ["Endpoint"]
+__all__ = ["Endpoint", "background_loop"]
 
 Array = npt.NDArray[Any]
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
@@ -87,6 +88,8 @@ class Endpoint:
         self.timeout_s = timeout_s
         self._headers = _Headers(headers or {})
         self._retry = retry
+        self._tls = tls
+        self._has_own_transport = transport is not None
         self._transport: Transport = transport or HttpTransport(tls)
         self._signature: Signature | None = None
         self._turn = itertools.count()
@@ -172,7 +175,7 @@ class Endpoint:
         """The same in the background; the arrays must not be written to until it is done. Cancel it to give it up."""
         bound = self._bound(deadline)
         return asyncio.run_coroutine_threadsafe(
-            self.ainfer(inputs, outputs, config=config, deadline=bound), _background_loop()
+            self.ainfer(inputs, outputs, config=config, deadline=bound), background_loop()
         )
 
     def close(self) -> None:
@@ -194,13 +197,38 @@ class Endpoint:
         return self  # nothing of it is the caller's to change
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_urls", "timeout_s", "_headers", "_retry", "_transport", "_signature")
+        kept = ("_urls", "timeout_s", "_headers", "_retry", "_tls", "_has_own_transport", "_transport", "_signature")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._turn = itertools.count()
         self._renew_lock()
+
+    def describe(self) -> dict[str, Any] | None:
+        """Say what `from_description` makes an equal endpoint of, in what JSON can hold; None if nothing can.
+
+        That is so for a transport of the caller's. Secrets, the literal values of headers and the password of a key,
+        are left out.
+        """
+        if self._has_own_transport:
+            return None
+        return {
+            "url": [url.full for url in self._urls],
+            "timeout_s": self.timeout_s,
+            "headers": self._headers.__getstate__()["values"],
+            "tls": self._tls.__getstate__() if self._tls else None,
+            "retry": dataclasses.asdict(self._retry),
+        }
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> Endpoint:
+        """Make an endpoint from what `describe` gave; one that had literal headers says so when it is called."""
+        tls, retry = description["tls"], description["retry"]
+        made = cls(description["url"], description["timeout_s"], None, TLS(**tls) if tls else None, Retry(**retry))
+        made._headers.values = dict(description["headers"])
+        made._headers._fixed = None if made._headers.values else ()
+        return made
 
     # how it is done
 
@@ -448,8 +476,8 @@ _BACKGROUND_LOCK = threading.Lock()
 _background: asyncio.AbstractEventLoop | None = None
 
 
-def _background_loop() -> asyncio.AbstractEventLoop:
-    """The one loop that `submit` runs on, in a daemon thread."""
+def background_loop() -> asyncio.AbstractEventLoop:
+    """The one loop that works in the background, in a daemon thread: `submit` runs on it."""
     global _background
     with _BACKGROUND_LOCK:
         if _background is None:

@@ -9,6 +9,7 @@ import difflib
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -21,7 +22,7 @@ from remote_ops.deadline import Deadline
 from remote_ops.errors import InternalError, SignatureError, SpecError
 from remote_ops.signature import Array, Signature, TensorSpec, did_you_mean
 
-__all__ = ["FunctionServable", "Servable", "load", "run_checked"]
+__all__ = ["FunctionServable", "Servable", "load", "run_checked", "split_cotangents"]
 
 
 @runtime_checkable
@@ -79,6 +80,16 @@ def run_checked(
         raise InternalError(f"model '{signature.name}' broke its own signature: {error}") from error
 
 
+def split_cotangents(arrays: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Take the arrays of a call apart: the inputs by name, and the cotangents by the name of their output."""
+    primals: dict[str, Array] = {}
+    cotangents: dict[str, Array] = {}
+    for name, array in arrays.items():
+        output = name.removeprefix("cotangent:")
+        (primals if output == name else cotangents)[output] = array
+    return primals, cotangents
+
+
 class FunctionServable:
     """A Python function as a servable.
 
@@ -88,9 +99,13 @@ class FunctionServable:
             name. It must bear being called from several threads at once. What it raises reaches the caller.
         inputs, outputs: in order; an input name that is no identifier reaches `fn` through its `**kwargs`.
         name, version, description: free text; the name is the function's own unless given.
+        vjp: gives the gradients, for inputs that are `differentiable`: takes a dict of the inputs and a dict of the
+            cotangents, by input and by output name (one that is missing is zero); returns a dict of the gradients, by
+            input name, each of the dtype and shape of its input.
 
     Raises:
-        SpecError: two inputs or outputs share a name, no outputs, or `fn` does not take these inputs.
+        SpecError: two inputs or outputs share a name, no outputs, `fn` does not take these inputs, or one of `vjp` and
+            a differentiable input is there without the other.
     """
 
     def __init__(
@@ -101,12 +116,18 @@ class FunctionServable:
         name: str = "",
         version: str = "",
         description: str = "",
+        vjp: Callable[[Mapping[str, Array], Mapping[str, Array]], Mapping[str, Any]] | None = None,
     ) -> None:
         if not outputs:
             raise SpecError("a servable needs one output or more", path="outputs")
+        if (vjp is not None) != any(spec.differentiable for spec in inputs):
+            raise SpecError(
+                "a vjp goes with inputs that are differentiable=True: got one without the other", path="vjp"
+            )
         own_name = str(getattr(fn, "__name__", type(fn).__name__))
         name = name or ("function" if own_name == "<lambda>" else own_name)
         self._fn = fn
+        self._vjp = vjp
         self._signature = Signature(tuple(inputs), tuple(outputs), name=name, version=version, description=description)
         self._extras = _extras(fn, [spec.name for spec in inputs])
 
@@ -128,6 +149,8 @@ class FunctionServable:
     ) -> dict[str, Array]:
         """Call the function, and give the outputs asked for (None: all); it computes all of them in any case.
 
+        Where gradients are asked for, `vjp` is called, and the function only if outputs are asked for too.
+
         Raises:
             SignatureError: the inputs or the names asked for do not fit.
             DeadlineExceeded: the deadline passed before the start.
@@ -137,9 +160,22 @@ class FunctionServable:
         passed = {name: extras[name] for name in self._extras}
 
         def run(arrays: dict[str, Array], wanted: tuple[TensorSpec, ...]) -> Mapping[str, Any]:
-            return self._by_name(self._fn(**arrays, **passed))
+            primals, cotangents = split_cotangents(arrays)
+            gradients = self._gradients(primals, cotangents, wanted)
+            if len(gradients) == len(wanted):
+                return gradients
+            return {**self._by_name(self._fn(**primals, **passed)), **gradients}
 
         return run_checked(self._signature, run, inputs, outputs, deadline)
+
+    def _gradients(
+        self, primals: dict[str, Array], cotangents: dict[str, Array], wanted: Sequence[TensorSpec]
+    ) -> dict[str, Any]:
+        names = [spec.name for spec in wanted if spec.name.startswith("gradient:")]
+        if not names or self._vjp is None:
+            return {}
+        found = self._vjp(primals, cotangents)
+        return {f"gradient:{name}": gradient for name, gradient in found.items()}
 
     def _by_name(self, result: Any) -> Mapping[str, Any]:
         if isinstance(result, Mapping):
@@ -184,14 +220,16 @@ def load(
     """Open a model by its path, its URL or the name of a Python object.
 
     Args:
-        what: `model.onnx`; `https://host/model.onnx`, which is downloaded once and kept; any other http, https or
-            http+unix URL, an endpoint; or `package.module:thing`, a servable or a function without arguments that
-            returns one. Importing a module runs its code.
-        sha256: 64 hex digits that a model file must have; a URL may carry them as `#sha256=...`.
-        name: how a model file names itself, instead of its file name.
-        device: where a model file runs: `auto`, `cpu`, `cuda` or `cuda:N`.
+        what: `model.onnx`, or `model.pt2`, `.pt`, `.pth` or `.jit` of torch; `https://host/model.onnx`, which is
+            downloaded once and kept; any other http, https or http+unix URL, an endpoint; or `package.module:thing`, a
+            servable, a torch module, or a function without arguments that returns one. Importing a module runs its
+            code.
+        sha256: 64 hex digits that a model file must have, or the file of weights; a URL may carry them as
+            `#sha256=...`.
+        name: how a model file or a torch module names itself, instead of its file name or class.
+        device: where it runs: `auto`, `cpu`, `cuda` or `cuda:N`.
         options: for the class that the model becomes, such as `threads=2` for `OnnxModel`, `timeout_s=5.0` for
-            `Endpoint`.
+            `Endpoint`, `inputs=["x: float32 [-1, 3]"]` or `weights="x.safetensors"` for `TorchModel`.
 
     Raises:
         SpecError: nothing is there, it is of no supported kind, the digest differs, or an option is not for this kind.
@@ -209,14 +247,11 @@ def load(
         path, stem = _download(text, sha256)
         return _open_file(path, name=name or stem, device=device, options=options)
     if isinstance(what, str) and (found := _OBJECT.fullmatch(text)) and not Path(text).exists():
-        _refuse(text, "a Python object", {**only_files, **options})
-        return _import(found["module"], found["thing"], text)
+        return _open_object(found["module"], found["thing"], text, only_files, options)
     path = Path(what)
     _require_file(path)
     if sha256 is not None:
-        from remote_ops.download import check_sha256
-
-        check_sha256(path, sha256)
+        _check_sha256(path, sha256)
     return _open_file(path, name=name, device=device, options=options)
 
 
@@ -226,9 +261,16 @@ def _onnx_model() -> type[Servable]:
     return OnnxModel
 
 
+def _torch_model() -> type[Servable]:
+    from remote_ops.torch.model import TorchModel
+
+    return TorchModel
+
+
 # The kinds of model file: a new one is a line here and a function above.
 _KINDS: dict[str, Callable[[], type[Servable]]] = {
     ".onnx": _onnx_model,
+    **dict.fromkeys((".pt2", ".pt", ".pth", ".jit"), _torch_model),
 }
 _SUPPORTED = f"a file ending in {', '.join(_KINDS)}, 'package.module:thing', or a URL"
 _OBJECT = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<thing>[^\W\d]\w*(\.[^\W\d]\w*)*)")
@@ -236,6 +278,23 @@ _OBJECT = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<thing>[^\W\d]\w
 
 def _open_file(path: Path, *, name: str | None, device: str, options: Mapping[str, Any]) -> Servable:
     return _make(_KINDS[path.suffix.lower()](), path, {"name": name, "device": device, **options})
+
+
+def _open_object(
+    module: str, thing: str, what: str, only_files: Mapping[str, Any], options: Mapping[str, Any]
+) -> Servable:
+    """Open what a Python name stands for; a torch module takes the options of `TorchModel`, a servable none."""
+    sha256, weights = only_files["sha256"], options.get("weights")
+    if weights is None:
+        _refuse(what, "a Python object", {"sha256": sha256})
+    elif sha256 is not None:
+        _check_sha256(Path(weights), sha256)
+    found = _import(module, thing, what)
+    given = {name: value for name, value in {**only_files, **options}.items() if value is not None and name != "sha256"}
+    if _is_servable(found):
+        _refuse(what, "a Python object", given)
+        return found
+    return _make(_torch_model(), found, given)
 
 
 def _open_endpoint(url: str, options: Mapping[str, Any]) -> Servable:
@@ -247,7 +306,7 @@ def _open_endpoint(url: str, options: Mapping[str, Any]) -> Servable:
     return _make(Endpoint, url, options)
 
 
-def _make(kind: type[Servable], source: str | Path, options: Mapping[str, Any]) -> Servable:
+def _make(kind: type[Servable], source: Any, options: Mapping[str, Any]) -> Servable:
     """Construct a servable; an option that its class lacks is a `SpecError`."""
     _, *known = inspect.signature(kind).parameters
     if unknown := [option for option in options if option not in known]:
@@ -264,7 +323,7 @@ def _refuse(what: str, kind: str, given: Mapping[str, Any]) -> None:
     """Raise rather than ignore an argument that has no effect, a digest above all."""
     if names := [name for name, value in given.items() if value is not None]:
         shown = re.sub(r"://[^/]*@|[?#].*", lambda found: "://" if found[0].startswith(":") else "", what)
-        raise SpecError(f"{', '.join(names)}: not for {kind} such as '{shown}', only for model files")
+        raise SpecError(f"{', '.join(names)}: not for {kind} such as '{shown}', only for model files and torch modules")
 
 
 def _is_model_url(url: str) -> bool:
@@ -281,6 +340,14 @@ def _download(url: str, sha256: str | None) -> tuple[Path, str]:
     return fetch(url, sha256=sha256), Path(unquote(urlsplit(url).path)).stem
 
 
+def _check_sha256(path: Path, sha256: str) -> None:
+    from remote_ops.download import check_sha256
+
+    if not path.is_file():
+        raise SpecError("no such file", path=str(path))
+    check_sha256(path, sha256)
+
+
 def _require_file(path: Path) -> None:
     """Raise `SpecError`, with what was perhaps meant, unless a model file of a known kind is there."""
     if not path.exists():
@@ -293,8 +360,8 @@ def _require_file(path: Path) -> None:
         raise SpecError(f"cannot load '{path}': expected {_SUPPORTED}, got {kind}")
 
 
-def _import(module: str, thing: str, what: str) -> Servable:
-    """Import a servable, or a function without arguments that returns one; a class counts as a function."""
+def _import(module: str, thing: str, what: str) -> Any:
+    """Import a servable, a torch module, or a function without arguments that returns one; a class counts as such."""
     try:
         found: Any = importlib.import_module(module)
     except ImportError as error:
@@ -305,10 +372,10 @@ def _import(module: str, thing: str, what: str) -> Servable:
         except AttributeError as error:
             hint = did_you_mean(attribute, dir(found))
             raise SpecError(f"'{module}' has no '{attribute}'{hint}", path=what) from error
-    if _is_servable(found):
+    if _is_servable(found) or _is_torch_model(found):
         return found
     made = _call_factory(found, what)
-    if not _is_servable(made):
+    if not _is_servable(made) and not _is_torch_model(made):
         raise SpecError(
             f"expected '{thing}' to return a servable, got {_describe(made)}, which lacks signature or infer",
             path=what,
@@ -340,3 +407,9 @@ def _is_servable(thing: Any) -> TypeGuard[Servable]:
     """Whether a thing has both parts of a servable; `signature` is not read, for that may ask the network."""
     has_both = all(inspect.getattr_static(thing, part, None) is not None for part in ("signature", "infer"))
     return has_both and not isinstance(thing, type)
+
+
+def _is_torch_model(thing: Any) -> bool:
+    """Whether a thing is a torch module or an exported program; if torch was never imported, it is not."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(thing, torch.nn.Module | torch.export.ExportedProgram)

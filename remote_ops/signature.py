@@ -141,6 +141,11 @@ class TensorSpec:
     def __str__(self) -> str:
         return f"{self.dtype} {'of any shape' if self.shape is None else list(self.shape)}"
 
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds real numbers, so that a derivative means something; a peer that does not say may."""
+        return self.dtype == "any" or "float" in self.dtype
+
     def accepts_shape(self, shape: tuple[int, ...]) -> bool:
         """Whether an array of this shape fits."""
         mine = self.shape
@@ -244,6 +249,8 @@ class Signature:
     features: tuple[str, ...] = ()
     _inputs: dict[str, TensorSpec] = field(init=False, repr=False, compare=False)
     _outputs: dict[str, TensorSpec] = field(init=False, repr=False, compare=False)
+    _cotangents: dict[str, TensorSpec] = field(init=False, repr=False, compare=False)
+    _gradients: dict[str, TensorSpec] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for attribute in ("inputs", "outputs"):
@@ -253,6 +260,10 @@ class Signature:
                 raise SpecError(f"two {attribute} share a name: {', '.join(spec.name for spec in specs)}")
             object.__setattr__(self, attribute, specs)
             object.__setattr__(self, f"_{attribute}", by_name)
+        gradients = _prefixed("gradient:", [spec for spec in self.inputs if spec.differentiable])
+        cotangents = _prefixed("cotangent:", [spec for spec in self.outputs if spec.is_float] if gradients else [])
+        object.__setattr__(self, "_gradients", gradients)
+        object.__setattr__(self, "_cotangents", cotangents)
 
     def __str__(self) -> str:
         def side(specs: Iterable[TensorSpec]) -> str:
@@ -277,25 +288,26 @@ class Signature:
     def fit_inputs(self, values: Mapping[str, Any], *, at: str = "") -> dict[str, Array]:
         """Check a caller's named values and give them as arrays, in the order of the inputs.
 
+        For a vector-Jacobian product they may hold `cotangent:<output>` too, of the dtype and shape of that output.
+
         Raises:
             SignatureError: an unknown or missing name, or a value that does not fit.
+            NotDifferentiable: a cotangent, for a model that gives no gradients.
         """
-        if len(values) != len(self._inputs) or values.keys() != self._inputs.keys():
-            raise self._wrong_names(values, at)
-        return {spec.name: spec.fit(values[spec.name], at=at) for spec in self.inputs}
+        return {spec.name: spec.fit(values[spec.name], at=at) for spec in self._specs_of(values, at)}
 
     def view_inputs(self, arrays: Mapping[str, Array], *, at: str = "") -> dict[str, Array]:
         """The same for arrays that came off the wire: bit views become their real dtype."""
-        if len(arrays) != len(self._inputs) or arrays.keys() != self._inputs.keys():
-            raise self._wrong_names(arrays, at)
-        return {spec.name: spec.view(arrays[spec.name], at=at) for spec in self.inputs}
+        return {spec.name: spec.view(arrays[spec.name], at=at) for spec in self._specs_of(arrays, at)}
 
     def select_outputs(self, names: Sequence[str] | None, *, at: str = "") -> tuple[TensorSpec, ...]:
         """The specs of the outputs asked for, in the order asked for; all of them for None.
 
+        `gradient:<input>` asks for the gradient with respect to that input, of its dtype and shape.
+
         Raises:
             SignatureError: an unknown name, or one asked for twice.
-            NotDifferentiable: a gradient, of a model that gives none.
+            NotDifferentiable: the gradient of an input that the model cannot differentiate.
         """
         if names is None:
             return self.outputs
@@ -305,7 +317,10 @@ class Signature:
             )
         specs = tuple(self._outputs[name] for name in names if name in self._outputs)
         if len(specs) != len(names):
-            raise self._unknown_output(next(name for name in names if name not in self._outputs), at)
+            known = self._outputs | self._gradients
+            if unknown := [name for name in names if name not in known]:
+                raise self._unknown_output(unknown[0], at)
+            specs = tuple(known[name] for name in names)
         if len(set(names)) != len(names):
             raise SignatureError(f"an output is asked for twice: {', '.join(names)}", got=", ".join(names), at=at)
         return specs
@@ -329,14 +344,21 @@ class Signature:
             fitted[spec.name] = spec.fit(results[spec.name], kind="output", at=at)
         return fitted
 
+    def _specs_of(self, values: Mapping[str, Any], at: str) -> Sequence[TensorSpec]:
+        """The specs of a call's values: every input, and the cotangents that are there."""
+        if len(values) == len(self._inputs) and values.keys() == self._inputs.keys():
+            return self.inputs
+        cotangents = [spec for name, spec in self._cotangents.items() if name in values]
+        if len(values) == len(self._inputs) + len(cotangents) and values.keys() >= self._inputs.keys():
+            return [*self.inputs, *cotangents]
+        raise self._wrong_names(values, at)
+
     def _wrong_names(self, values: Mapping[str, Any], at: str) -> Exception:
         expected = ", ".join(self._inputs)
         for name in values:
-            if name.startswith("cotangent:"):
-                return NotDifferentiable(
-                    f"model '{self.name}' gives no gradients, so it takes no '{name}'", endpoint=at
-                )
-            if name not in self._inputs:
+            if name.startswith("cotangent:") and name not in self._cotangents:
+                return self._unknown_cotangent(name, at)
+            if name not in self._inputs and name not in self._cotangents:
                 return SignatureError(
                     f"no input '{name}': expected {expected}{did_you_mean(name, self._inputs)}",
                     name=name, expected=expected, got=", ".join(values), at=at,
@@ -344,14 +366,38 @@ class Signature:
         missing = ", ".join(f"'{spec.name}' ({spec})" for spec in self.inputs if spec.name not in values)
         return SignatureError(f"missing input {missing}", expected=expected, got=", ".join(values), at=at)
 
-    def _unknown_output(self, name: str, at: str) -> Exception:
-        if name.startswith("gradient:"):
-            return NotDifferentiable(f"model '{self.name}' gives no '{name}': it has no gradients", endpoint=at)
-        expected = ", ".join(self._outputs)
+    def _unknown_cotangent(self, name: str, at: str) -> Exception:
+        if not self._gradients:
+            return NotDifferentiable(f"model '{self.name}' gives no gradients, so it takes no '{name}'", endpoint=at)
+        spec = self._outputs.get(name.removeprefix("cotangent:"))
+        if spec is not None:
+            return NotDifferentiable(
+                f"output '{spec.name}' of model '{self.name}' is {spec}: only floats have cotangents", endpoint=at
+            )
+        expected = ", ".join(self._cotangents)
         return SignatureError(
-            f"no output '{name}': expected one of {expected}{did_you_mean(name, self._outputs)}",
+            f"no output for '{name}': expected some of {expected}{did_you_mean(name, self._cotangents)}",
             name=name, expected=expected, got=name, at=at,
         )  # fmt: skip
+
+    def _unknown_output(self, name: str, at: str) -> Exception:
+        source = name.removeprefix("gradient:")
+        if source != name and (source in self._inputs or not self._gradients):
+            can = ", ".join(key.removeprefix("gradient:") for key in self._gradients)
+            only = f", only with respect to {can}" if can else ""
+            return NotDifferentiable(
+                f"model '{self.name}' gives no gradient with respect to input '{source}'{only}", endpoint=at
+            )
+        expected = ", ".join(self._outputs)
+        return SignatureError(
+            f"no output '{name}': expected one of {expected}{did_you_mean(name, self._outputs | self._gradients)}",
+            name=name, expected=expected, got=name, at=at,
+        )  # fmt: skip
+
+
+def _prefixed(prefix: str, specs: Iterable[TensorSpec]) -> dict[str, TensorSpec]:
+    """The specs of what goes with inputs or outputs in a vector-Jacobian product, by name."""
+    return {prefix + spec.name: TensorSpec(prefix + spec.name, spec.dtype, spec.shape) for spec in specs}
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -26,6 +26,20 @@ _CAFFE2_TYPES = {
     10: "int64", 12: "float16", 13: "float64",
 }  # fmt: skip
 
+# The flags that only some models take, and what `load` calls them.
+_OPTIONS = {
+    "--threads": "threads", "--profile": "profile", "--dtype": "dtype", "--compile": "compile", "--weights": "weights",
+    "--input": "inputs", "--output": "outputs",
+}  # fmt: skip
+_OBJECT = "package.module:thing"
+_SCRIPT = ("--dtype", "--compile", "--input", "--output")
+_TAKEN = {
+    ".onnx": ("--threads", "--profile"),
+    ".pt2": ("--dtype", "--compile"),
+    **dict.fromkeys((".pt", ".pth", ".jit"), _SCRIPT),
+    _OBJECT: (*_SCRIPT, "--weights"),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve what the command line and the `GP_*` variables say; a flag wins over its variable."""
@@ -55,11 +69,17 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("-m", "--model", action="append", metavar="[NAME=]WHAT",
-        help="a model file, a URL of one, or package.module:factory; repeat for several, each at /NAME")  # fmt: skip
+        help="a model file, a URL of one, or package.module:thing; repeat for several, each at /NAME")  # fmt: skip
     add("-l", "--listen", default="127.0.0.1:9000", metavar="HOST:PORT",
         help="or unix:/path.sock (default: %(default)s)")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--threads", type=int, help="threads per run; as many runs at a time as the cores have room for")
+    add("--dtype", help="what torch models compute in: bf16, fp16 or float32")
+    add("--compile", action="store_true", default=None, help="compile torch models before the first request")
+    add("--weights", metavar="FILE", help="weights of a torch module: .safetensors, or a saved state dict")
+    add("--input", action="append", metavar="SPEC",
+        help="what a torch module takes, as 'x: float32 [-1, 1024]'; repeat")  # fmt: skip
+    add("--output", action="append", metavar="SPEC", help="what it returns, if a run on zeros cannot tell; repeat")
     add("--sha256", help="what a downloaded model must hash to")
     add("--max-body-mb", type=int, default=1024, help="largest request in MiB (default: %(default)s)")
     add("--drain-grace-s", type=float, default=5.0,
@@ -115,6 +135,7 @@ def _load_all(args: argparse.Namespace) -> dict[str, Servable]:
     whats = args.model or ([args.env_model] if args.env_model else [])
     if not whats:
         raise SpecError("no model: expected --model WHAT, or GP_MODEL", path="--model")
+    _check_options(whats, args)
     models: dict[str, Servable] = {}
     for what in whats:
         name, servable = _load(what, args)
@@ -125,21 +146,37 @@ def _load_all(args: argparse.Namespace) -> dict[str, Servable]:
 
 
 def _load(what: str, args: argparse.Namespace) -> tuple[str, Servable]:
+    name, what = _split(what)
+    device = "cpu" if args.disable_cuda else args.device
+    servable = load(what, sha256=args.sha256, device=device, **_options(what, args))
+    return name or _name_of(what), _limited(servable, args.engine_count)
+
+
+def _split(what: str) -> tuple[str, str]:
+    """`NAME=WHAT` taken apart; no name where there is none."""
     name, equals, rest = what.partition("=")
-    named = bool(equals) and "/" not in name and ":" not in name
-    what = rest if named else what
-    servable = load(
-        what, sha256=args.sha256, device="cpu" if args.disable_cuda else args.device, **_options(what, args)
-    )
-    return name if named else _name_of(what), _limited(servable, args.engine_count)
+    return (name, rest) if equals and "/" not in name and ":" not in name else ("", what)
 
 
 def _options(what: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The options that only model files take."""
-    if not what.partition("#")[0].partition("?")[0].endswith(".onnx"):
-        return {}
-    options = {"threads": args.threads, "profile": args.profile}
-    return {name: value for name, value in options.items() if value is not None}
+    """The options, of those that are given, which this model takes."""
+    given = {flag: getattr(args, flag.removeprefix("--")) for flag in _taken(what)}
+    return {_OPTIONS[flag]: value for flag, value in given.items() if value is not None}
+
+
+def _check_options(whats: Sequence[str], args: argparse.Namespace) -> None:
+    """Raise rather than ignore a flag that none of the models takes; the two of onnxruntime never were refused."""
+    taken = {flag for what in whats for flag in _taken(_split(what)[1])} | {"--threads", "--profile"}
+    for flag in _OPTIONS:
+        if flag not in taken and getattr(args, flag.removeprefix("--")) is not None:
+            kinds = ", ".join(kind for kind in _TAKEN if flag in _TAKEN[kind])
+            raise SpecError(f"no model here takes it: only {kinds} do", path=flag)
+
+
+def _taken(what: str) -> tuple[str, ...]:
+    plain = what.partition("#")[0].partition("?")[0]
+    kind = _OBJECT if ":" in plain and "://" not in plain else Path(plain).suffix.lower()
+    return _TAKEN.get(kind, ())
 
 
 def _name_of(what: str) -> str:

@@ -64,7 +64,10 @@ class Model:
 
 
 def _served_signature(name: str, signature: Signature) -> Signature:
-    return replace(signature, name=signature.name or name, server="remote-ops server_ref")
+    features = signature.features
+    if "vjp" not in features and any(spec.differentiable for spec in signature.inputs):
+        features = (*features, "vjp")
+    return replace(signature, name=signature.name or name, server="remote-ops server_ref", features=features)
 
 
 def _json_metadata(signature: Signature) -> dict[str, Any]:
@@ -103,13 +106,11 @@ def name_inputs(signature: Signature, request: graphpipe.InferRequest) -> dict[s
         if names[: len(tensors)] * 2 != names:
             raise SignatureError(f"expected a name per tensor: got {len(names)} names for {len(tensors)} tensors")
         names = names[: len(tensors)]
-    if len(tensors) > len(signature.inputs):
+    names = (*names, *[""] * (len(tensors) - len(names)))
+    if not all(names[len(signature.inputs) :]):
         expected = ", ".join(spec.name for spec in signature.inputs)
         raise SignatureError(f"expected {len(signature.inputs)} inputs ({expected}), got {len(tensors)}")
-    given = [
-        names[index] if index < len(names) and names[index] else signature.inputs[index].name
-        for index in range(len(tensors))
-    ]
+    given = [name or signature.inputs[index].name for index, name in enumerate(names)]
     if len(set(given)) != len(given):
         raise SignatureError(f"an input is given twice: {', '.join(given)}")
     return dict(zip(given, tensors, strict=True))

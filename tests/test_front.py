@@ -710,6 +710,31 @@ def test_gradients_of_a_model_without_are_501(url: str) -> None:
     assert (answer.status, error_of(answer).code) == (501, 12)
 
 
+SQUARE = FunctionServable(
+    lambda x: x * x,
+    [TensorSpec("x", "float32", (-1, 4), differentiable=True)],
+    [TensorSpec("y", "float32", (-1, 4))],
+    vjp=lambda inputs, cotangents: {"x": 2 * inputs["x"] * cotangents.get("y", 0)},
+)
+
+
+def test_a_vector_jacobian_product_is_a_request_like_any_other() -> None:
+    x, cotangent = np.float32([[1, 2, 3, 4]]), np.float32([[1, 1, 0, 10]])
+    with server_ref.running({"square": SQUARE}) as url:
+        with Endpoint(url) as endpoint:
+            assert endpoint.signature.features == ("vjp",)
+            assert endpoint.signature.inputs[0].differentiable
+            results = endpoint.infer({"x": x, "cotangent:y": cotangent}, ["y", "gradient:x"])
+        np.testing.assert_array_equal(results["y"], x * x)
+        np.testing.assert_array_equal(results["gradient:x"], 2 * x * cotangent)
+        with Raw(url) as raw:  # an input may go without its name, what is no input may not
+            answer = raw.post(request(("", "cotangent:y"), (x, cotangent), ["gradient:x"])).read()
+            np.testing.assert_array_equal(only_tensor(answer), 2 * x * cotangent)
+            assert raw.post(request(("x", ""), (x, cotangent), ["gradient:x"])).read().status == 400
+            assert raw.post(request(("x",), (x, cotangent), ["gradient:x"])).read().status == 400
+            assert raw.post(request(("x", "x"), (x, cotangent), ["gradient:x"])).read().status == 400
+
+
 @pytest.mark.parametrize("value", ["soon", "-1", "1.5", "9" * 13, ""])
 def test_r3_a_timeout_that_is_no_number_is_400(url: str, value: str) -> None:
     with Raw(url) as raw:

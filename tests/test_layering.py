@@ -40,6 +40,7 @@ LAZY = {
 # The one file or folder that imports each of these.
 OWNERS = {
     "torch": "remote_ops/torch/",
+    "safetensors": "remote_ops/torch/",
     "tensorflow": "remote_ops/tf/",
     "onnxruntime": "remote_ops/onnx.py",
     "networkx": "ensemble/graph.py",
@@ -154,6 +155,7 @@ def test_every_package_is_read(package: str) -> None:
         ("ensemble/engine.py", "from server_ref import batching", "ensemble may not import server_ref"),
         ("remote_ops/client.py", "if True:\n    import torch.nn as nn", "imported only in remote_ops/torch/"),
         ("server_ref/instances.py", "from torch import cuda", "imported only in remote_ops/torch/"),
+        ("remote_ops/servable.py", "import safetensors.torch", "imported only in remote_ops/torch/"),
         ("remote_ops/torch/export.py", "import tensorflow as tf", "imported only in remote_ops/tf/"),
         ("ensemble/nodes/model.py", "import onnxruntime", "imported only in remote_ops/onnx.py"),
         ("ensemble/plot.py", "import networkx", "imported only in ensemble/graph.py"),

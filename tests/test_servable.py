@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from pathlib import Path
@@ -281,10 +282,10 @@ def test_load_of_a_path_that_is_not_there_suggests_its_neighbour(tmp_path: Path)
         load(tmp_path / "nowhere" / "x")
 
 
-@pytest.mark.parametrize("name", ["net.pt2", "graph.yaml", "net.bin", "plain"])
+@pytest.mark.parametrize("name", ["net.h5", "graph.yaml", "net.bin", "plain"])
 def test_load_claims_no_kind_that_it_cannot_open(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
-    with pytest.raises(SpecError, match=r"expected a file ending in \.onnx, 'package\.module:thing', or a URL"):
+    with pytest.raises(SpecError, match=r"expected a file ending in \.onnx, .*, 'package\.module:thing', or a URL"):
         load(tmp_path / name)
 
 
@@ -311,6 +312,16 @@ def test_load_downloads_a_model_once_and_keeps_its_name(web: tuple[str, dict[str
     assert load(f"{url}/models/magika.onnx?key=1#sha256={digest}").signature.name == "magika"
     with pytest.raises(SpecError, match="differ"):
         load(f"{url}/models/magika.onnx?key=1#sha256={digest}", sha256="0" * 64)
+
+
+def test_load_downloads_a_torch_program_too(web: tuple[str, dict[str, bytes]], tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    url, files = web
+    torch.export.save(torch.export.export(torch.nn.ReLU(), (torch.ones(2),)), tmp_path / "m.pt2")
+    files["/models/relu.pt2"] = (tmp_path / "m.pt2").read_bytes()
+    model = load(f"{url}/models/relu.pt2", device="cpu")
+    assert model.signature.name == "relu"
+    np.testing.assert_array_equal(model.infer({"input": np.float32([-1, 1])})["output"], [0, 1])
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/resnet", "https://h.invalid/a", "http+unix://%2Frun%2Fs/a"])
@@ -345,3 +356,48 @@ def test_importing_servable_imports_no_framework() -> None:
     code = f"import remote_ops.servable, sys; print(*[name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def squares(calls: list[str]) -> FunctionServable:
+    """A function with a gradient that notes what was called."""
+
+    def square(x: Any) -> Any:
+        calls.append("fn")
+        return x * x
+
+    def vjp(inputs: Any, cotangents: Any) -> Any:
+        calls.append("vjp")
+        return {"x": 2 * inputs["x"] * cotangents.get("y", 0)}
+
+    x = TensorSpec("x", "float32", (-1,), differentiable=True)
+    return FunctionServable(square, [x], [TensorSpec("y", "float32", (-1,))], vjp=vjp)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "called"), [(["y"], ["fn"]), (["gradient:x"], ["vjp"]), (["gradient:x", "y"], ["vjp", "fn"])]
+)
+def test_a_function_gives_the_gradients_that_its_vjp_computes(wanted: list[str], called: list[str]) -> None:
+    calls: list[str] = []
+    values = {"x": np.float32([1, 3]), "cotangent:y": np.float32([1, 10])}
+    results = squares(calls).infer(values if "gradient:x" in wanted else {"x": values["x"]}, wanted)
+    right = {"y": [1, 9], "gradient:x": [2, 60]}
+    assert {name: array.tolist() for name, array in results.items()} == {name: right[name] for name in wanted}
+    assert calls == called
+
+
+def test_a_cotangent_that_is_missing_is_zero() -> None:
+    assert squares([]).infer({"x": np.float32([1, 3])}, ["gradient:x"])["gradient:x"].tolist() == [0, 0]
+
+
+def test_a_vjp_goes_with_a_differentiable_input() -> None:
+    x, y = TensorSpec("x", "float32", (-1,)), TensorSpec("y", "float32", (-1,))
+    for inputs, vjp in (([replace(x, differentiable=True)], None), ([x], lambda inputs, cotangents: {})):
+        with pytest.raises(SpecError, match="a vjp goes with inputs that are differentiable=True"):
+            FunctionServable(lambda x: x, inputs, [y], vjp=vjp)
+
+
+def test_a_vjp_that_forgets_a_gradient_breaks_the_signature() -> None:
+    x = TensorSpec("x", "float32", (-1,), differentiable=True)
+    forgets = FunctionServable(lambda x: x, [x], [TensorSpec("y", "float32", (-1,))], vjp=lambda *_: {})
+    with pytest.raises(InternalError, match="gradient:x"):
+        forgets.infer({"x": np.float32([1])}, ["gradient:x"])

@@ -242,7 +242,7 @@ def test_unknown_and_doubled_outputs_are_named() -> None:
 
 
 def test_gradients_of_a_model_that_gives_none_are_an_error_of_their_own() -> None:
-    with pytest.raises(NotDifferentiable, match="'resnet' gives no 'gradient:pixels'"):
+    with pytest.raises(NotDifferentiable, match="'resnet' gives no gradient with respect to input 'pixels'"):
         SIGNATURE.select_outputs(["gradient:pixels"])
     with pytest.raises(NotDifferentiable, match="takes no 'cotangent:logits'"):
         SIGNATURE.fit_inputs({"pixels": 0, "mask": 0, "cotangent:logits": 0})
@@ -256,3 +256,36 @@ def test_outputs_that_break_their_own_signature_are_named() -> None:
         SIGNATURE.fit_outputs({"x": logits}, wanted)
     with pytest.raises(SignatureError, match=r"output 'logits': expected float32 \[-1, 10\], got float32 \[2, 9\]"):
         SIGNATURE.fit_outputs({"logits": logits[:, 1:]}, wanted)
+
+
+GIVES_GRADIENTS = Signature(
+    (TensorSpec("x", "float32", (-1, 4), differentiable=True), TensorSpec("n", "int64", ())),
+    (TensorSpec("y", "float32", (-1, 2)), TensorSpec("label", "int64", (-1,))),
+    name="net",
+)
+
+
+def test_cotangents_are_inputs_like_their_outputs() -> None:
+    values = {"x": np.zeros((3, 4), np.float32), "n": np.int64(1), "cotangent:y": np.ones((3, 2), np.float32)}
+    assert [*GIVES_GRADIENTS.fit_inputs(values)] == ["x", "n", "cotangent:y"]
+    with pytest.raises(SignatureError, match=r"input 'cotangent:y': expected float32 \[-1, 2\], got float64 \[3, 2\]"):
+        GIVES_GRADIENTS.fit_inputs({**values, "cotangent:y": np.ones((3, 2))})
+    with pytest.raises(SignatureError, match="missing input 'n'"):
+        GIVES_GRADIENTS.fit_inputs({"x": values["x"], "cotangent:y": values["cotangent:y"]})
+
+
+def test_gradients_are_outputs_like_their_inputs() -> None:
+    both = GIVES_GRADIENTS.select_outputs(["gradient:x", "y"])
+    assert both == (TensorSpec("gradient:x", "float32", (-1, 4)), GIVES_GRADIENTS.outputs[0])
+
+
+def test_a_gradient_or_cotangent_that_there_is_not_says_which_there_are() -> None:
+    values = {"x": np.zeros((3, 4), np.float32), "n": np.int64(1)}
+    with pytest.raises(NotDifferentiable, match="with respect to input 'n', only with respect to x"):
+        GIVES_GRADIENTS.select_outputs(["gradient:n"])
+    with pytest.raises(SignatureError, match=r"no output 'gradient:z': .*did you mean 'gradient:x'"):
+        GIVES_GRADIENTS.select_outputs(["gradient:z"])
+    with pytest.raises(NotDifferentiable, match=r"output 'label' of model 'net' is int64 \[-1\]: only floats"):
+        GIVES_GRADIENTS.fit_inputs({**values, "cotangent:label": np.zeros(3, np.int64)})
+    with pytest.raises(SignatureError, match=r"no output for 'cotangent:yy': .*did you mean 'cotangent:y'"):
+        GIVES_GRADIENTS.fit_inputs({**values, "cotangent:yy": np.zeros((3, 2), np.float32)})

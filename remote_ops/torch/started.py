@@ -1,0 +1,134 @@
+"""Calls that were started and not yet waited for, each known to the graph by a number: its ticket.
+
+It keeps them; it does not know what they compute.
+
+State: `_STARTED`, by operations that are atomic in CPython; `_sweep_is_due`, on the background loop only. A call leaves
+the table when it is waited for, when it is given up, or `KEEP_S` after its answer came. The call itself ends by its own
+deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import itertools
+import math
+import os
+import time
+from concurrent.futures import Future
+from typing import Any
+
+from remote_ops.deadline import Deadline, ambient
+from remote_ops.errors import DeadlineExceeded, SpecError
+
+__all__ = ["KEEP_S", "give_up", "give_up_pass", "in_flight", "start", "take"]
+
+KEEP_S = 300.0
+
+
+class _Call:
+    """One of them: where it goes, which backward pass it belongs to (-1 for none), and when its answer came."""
+
+    __slots__ = ("at", "backward_pass", "done_s", "future")
+
+    def __init__(self, future: Future[Any], at: str, backward_pass: int) -> None:
+        self.future = future
+        self.at = at
+        self.backward_pass = backward_pass
+        self.done_s = math.inf
+
+
+_STARTED: dict[int, _Call] = {}
+_NUMBERS = itertools.count(1)
+_sweep_is_due = False
+
+
+def start(future: Future[Any], at: str, backward_pass: int = -1) -> int:
+    """Keep a call until it is waited for; give its number.
+
+    Args:
+        future: of the call.
+        at: where it goes, for errors.
+        backward_pass: the pass it belongs to, so that all of one can be given up together; -1 for none.
+    """
+    number = next(_NUMBERS)
+    _STARTED[number] = call = _Call(future, at, backward_pass)
+    future.add_done_callback(lambda _: _done(call))
+    return number
+
+
+def take(number: int) -> tuple[Any, str]:
+    """Wait for a call, once, and give its answer and the place that it came from.
+
+    Raises:
+        SpecError: there is no such call: it was waited for already, or nobody did so in time.
+        DeadlineExceeded: the surrounding deadline passed first; the call is given up.
+    """
+    call = _STARTED.pop(number, None)
+    if call is None:
+        raise SpecError(
+            f"no call was started with ticket {number}, or it was waited for already, or it was dropped {KEEP_S:.0f} s "
+            "after its answer came: expected one wait for each start",
+            path="ticket",
+        )
+    bound = ambient() or Deadline.never()
+    try:
+        left_s = None if bound.at == math.inf else max(0.0, bound.remaining())
+        return call.future.result(left_s), call.at
+    except concurrent.futures.CancelledError as error:
+        raise DeadlineExceeded(f"the call of {call.at} was given up before its answer came") from error
+    except concurrent.futures.TimeoutError as error:
+        if not bound.expired() or isinstance(error, DeadlineExceeded):
+            raise
+        raise DeadlineExceeded(f"no answer from {call.at} in time, to a call that was started before") from error
+    finally:
+        call.future.cancel()  # the wait itself may have been interrupted
+
+
+def give_up(number: int) -> None:
+    """Cancel a call that nobody will wait for; its connection is closed."""
+    if call := _STARTED.pop(number, None):
+        call.future.cancel()
+
+
+def give_up_pass(backward_pass: int) -> None:
+    """Cancel what a backward pass has started."""
+    for number, call in _STARTED.copy().items():
+        if call.backward_pass == backward_pass != -1:
+            give_up(number)
+
+
+def in_flight() -> int:
+    """How many calls were started and not yet waited for."""
+    return len(_STARTED)
+
+
+def _done(call: _Call) -> None:
+    global _sweep_is_due
+    if call.future.cancelled():  # by somebody who has taken it from the table
+        return
+    call.done_s = time.monotonic()
+    if not _sweep_is_due:
+        _sweep_is_due = True
+        asyncio.get_running_loop().call_later(KEEP_S, _sweep)
+
+
+def _sweep() -> None:
+    """Drop the answers that nobody came for; look again later if there is anything left."""
+    global _sweep_is_due
+    now = time.monotonic()
+    for number, call in _STARTED.copy().items():
+        if now - call.done_s >= KEEP_S:
+            _STARTED.pop(number, None)
+    _sweep_is_due = bool(_STARTED)
+    if _sweep_is_due:
+        asyncio.get_running_loop().call_later(max(KEEP_S / 8, 0.01), _sweep)
+
+
+def _after_fork() -> None:
+    global _sweep_is_due
+    _STARTED.clear()
+    _sweep_is_due = False
+
+
+os.register_at_fork(after_in_child=_after_fork)
