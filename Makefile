@@ -14,10 +14,11 @@ help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 # Two stamps in one environment: what the examples need, then what the tests add.
-$(VENV)/.run: pyproject.toml constraints.txt
+$(VENV)/.run: pyproject.toml constraints.txt requirements-models.txt
 	@echo "== creating $(VENV) with $(PYTHON): the packages and what the examples need (minutes the first time)"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PIP) -c constraints.txt -e '.[torch,onnx,server]' magika
+	@$(PIP) --no-deps -r requirements-models.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run requirements-dev.txt requirements-peers.txt
@@ -28,8 +29,10 @@ $(VENV)/.dev: $(VENV)/.run requirements-dev.txt requirements-peers.txt
 
 venv: $(VENV)/.dev ## create or refresh .venv
 
-demo: $(VENV)/.run ## run the first example
+demo: $(VENV)/.run ## call a trained model; then train through one
 	@$(PY) examples/01_quickstart.py
+	@echo
+	@$(PY) examples/02_train_through_remote.py
 
 test: check fast slow peers ## everything CI runs: checks, then the three groups of tests
 
