@@ -8,6 +8,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -513,6 +514,7 @@ def test_forked_workers_use_a_module_that_the_parent_has_used(url: str) -> None:
 
 WITHOUT_TORCH = """
 import sys
+import time
 
 
 class Block:
@@ -548,3 +550,31 @@ def test_a_tensor_without_data_gives_shapes_without_a_call(url: str) -> None:
 def test_an_error_about_inputs_names_the_url(url: str) -> None:
     with pytest.raises(SignatureError, match=f"at {url}double"):
         RemoteModule(f"{url}double")(torch.ones(1, 4), torch.ones(1, 4))
+
+
+def test_a_bfloat16_model_takes_float32_and_gives_its_gradient_back_as_one() -> None:
+    spec = TensorSpec("x", "bfloat16", (-1, 4), differentiable=True)
+    model = FunctionServable(
+        lambda x: 2 * x,
+        [spec],
+        [TensorSpec("y", "bfloat16", (-1, 4))],
+        vjp=lambda inputs, cotangents: {"x": (2 * cotangents["y"]).astype(inputs["x"].dtype)},
+    )
+    x = torch.ones(2, 4, requires_grad=True)
+    with server_ref.running({"double": model}) as url:
+        y = RemoteModule(url)(x)
+        y.float().sum().backward()
+    assert (y.dtype, x.grad.dtype, x.grad.tolist()) == (torch.bfloat16, torch.float32, [[2.0] * 4] * 2)
+
+
+def test_config_is_bytes() -> None:
+    with pytest.raises(SpecError, match="expected bytes, got a str"):
+        RemoteModule("http://gpu1:9000/", config="beam=4")
+
+
+def test_the_pieces_of_a_batch_have_one_deadline(url: str) -> None:
+    slow = FunctionServable(lambda x: (time.sleep(0.1), x)[1], [spec("x")], [spec("y")])
+    with server_ref.running({"slow": slow}) as slow_url:
+        module = RemoteModule(slow_url, max_rows=1, timeout_s=0.3)
+        with pytest.raises(DeadlineExceeded):
+            module(torch.ones(100, 4))

@@ -73,6 +73,8 @@ class RemoteModule(nn.Module):
         super().__init__()
         if max_rows is not None and (max_rows < 1 or not batched):
             raise SpecError(f"expected 1 or more, and batched=True, got {max_rows}", path="max_rows")
+        if not isinstance(config, bytes):
+            raise SpecError(f"expected bytes, got a {type(config).__name__}", path="config")
         self.servable = _opened(servable, options)
         self.pure = pure
         self.batched = batched
@@ -248,7 +250,7 @@ def remote(servable: str | Sequence[str] | Servable, *inputs: Any, **named: Any)
     urls = (servable,) if isinstance(servable, str) else servable
     if not isinstance(urls, list | tuple):
         return RemoteModule(urls)(*inputs, **named)
-    return _call(_handle_of(*urls), _text_of(*urls), True, urls[0], inputs, named)
+    return _call(_handle_of(*urls), _text_of(*urls), True, urls[0].partition("?")[0], inputs, named)
 
 
 @functools.lru_cache(maxsize=1024)

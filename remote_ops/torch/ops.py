@@ -64,11 +64,9 @@ def _vjp(
     handle: Tensor, inputs: Tensors, cotangents: Tensors, given: Sequence[int], wanted: Sequence[int], text: str
 ) -> list[Tensor]:
     target, spec = Target.of(handle), OpSpec.read(text)
-    names = _names(spec, wanted)
     arrays = _arrays(spec, inputs, cotangents, given)
-    results = target.gradients(spec, arrays, names)
-    found = spec.checked_gradients(results, arrays, names, at=target.at)
-    return _tensors(found, None if target.is_remote else arrays.values(), inputs)
+    results = target.gradients(spec, arrays, _names(spec, wanted))
+    return _gradients(spec, results, arrays.values(), inputs, wanted, target.at)
 
 
 def _start(handle: Tensor, inputs: Tensors, number: int, text: str) -> Tensor:
@@ -81,7 +79,7 @@ def _wait(tickets: Tensor, index: int, number: int, handle: Tensor, inputs: Tens
     spec = OpSpec.read(text)
     results, at = started.take(int(tickets[index]))
     found = spec.checked_outputs(results, _rows(spec, inputs), at=at)
-    return _tensors(found, _arrays(spec, inputs).values(), inputs)
+    return _tensors(found, _views(inputs), inputs)
 
 
 def _start_vjp(
@@ -106,9 +104,7 @@ def _wait_vjp(ticket: Tensor, inputs: Tensors, wanted: Sequence[int], text: str)
         return [torch.zeros(inputs[index].shape, dtype=inputs[index].dtype, device=_device(inputs)) for index in wanted]
     with _all_or_none():
         results, at = started.take(number)
-        arrays = _arrays(spec, inputs)
-        found = spec.checked_gradients(results, arrays, _names(spec, wanted), at=at)
-    return _tensors(found, arrays.values(), inputs)
+        return _gradients(spec, results, _views(inputs), inputs, wanted, at)
 
 
 @contextmanager
@@ -150,9 +146,24 @@ def _arrays(spec: OpSpec, inputs: Tensors, cotangents: Tensors = (), given: Sequ
     return arrays
 
 
+def _views(inputs: Tensors) -> list[Array]:
+    """What is shared with the memory of inputs: views of those on the CPU."""
+    return arrays_of([tensor for tensor in inputs if tensor.is_cpu])
+
+
 def _tensors(results: list[Array], sent: Iterable[Array] | None, inputs: Tensors) -> list[Tensor]:
+    """Results as tensors; `sent` are the arrays that a model of this process may have given back, None if it cannot."""
     device = _device(inputs)
     return [tensor_of(array, device) for array in (results if sent is None else _unshared(list(sent), results))]
+
+
+def _gradients(
+    spec: OpSpec, results: Any, sent: Iterable[Array], inputs: Tensors, wanted: Sequence[int], at: str
+) -> list[Tensor]:
+    """Gradients as tensors like their inputs; a model of bfloat16 that took a float32 gives a bfloat16 back."""
+    found = spec.checked_gradients(results, wanted, [tuple(inputs[index].shape) for index in wanted], at=at)
+    tensors = _tensors(found, sent, inputs)
+    return [tensor.to(inputs[index].dtype) for tensor, index in zip(tensors, wanted, strict=True)]
 
 
 def _device(inputs: Tensors) -> torch.device:

@@ -110,17 +110,23 @@ class OpSpec(NamedTuple):
         return found
 
     def checked_gradients(
-        self, results: Mapping[str, Any], arrays: Mapping[str, Array], names: Sequence[str], *, at: str
+        self, results: Mapping[str, Any], wanted: Sequence[int], shapes: Sequence[tuple[int, ...]], *, at: str
     ) -> list[Array]:
-        """The gradients with respect to the inputs of these names: each of the dtype and shape of its input."""
+        """The gradients with respect to the inputs of these numbers, each of the dtype of its input.
+
+        Args:
+            results: by name, such as `gradient:x`.
+            wanted: which inputs, and `shapes`, what shapes these have.
+
+        Raises:
+            InternalError: one is missing, or is something else.
+        """
         found = []
-        for name in names:
-            array, like = results.get(f"gradient:{name}"), arrays[name]
-            if not _is_like(array, like):
-                got = describe(array) if array is not None and hasattr(array, "dtype") else type(array).__name__
-                raise InternalError(f"'gradient:{name}': expected {describe(like)}, got {got}", endpoint=at)
-            found.append(array)
-        return found  # type: ignore[return-value]  # none is None
+        for index, shape in zip(wanted, shapes, strict=True):
+            spec = self.inputs[index]
+            expected = TensorSpec(f"gradient:{spec.name}", spec.dtype, tuple(shape))
+            found.append(self._checked(expected, results, at))
+        return found
 
     @staticmethod
     def _checked(spec: TensorSpec, results: Mapping[str, Any], at: str) -> Array:
@@ -138,10 +144,6 @@ class OpSpec(NamedTuple):
 def has_rows(spec: TensorSpec) -> bool:
     """Whether axis 0 is of any size, so that it may hold the rows of a batch."""
     return bool(spec.shape) and spec.shape[0] == -1  # type: ignore[index]  # None is false
-
-
-def _is_like(array: Any, like: Array) -> bool:
-    return (getattr(array, "dtype", None), getattr(array, "shape", None)) == (like.dtype, like.shape)
 
 
 def _rows(specs: Sequence[TensorSpec]) -> list[Any]:

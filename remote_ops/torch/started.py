@@ -2,14 +2,13 @@
 
 It keeps them; it does not know what they compute.
 
-State: `_STARTED`, by operations that are atomic in CPython; `_sweep_is_due`, on the background loop only. A call leaves
-the table when it is waited for, when it is given up, or `KEEP_S` after its answer came. The call itself ends by its own
-deadline.
+State: `_STARTED`, by operations that are atomic in CPython, and `_sweep_is_due`, whether somebody will look through it.
+A call leaves the table when it is waited for, when it is given up, or `KEEP_S` after its answer came. The call itself
+ends by its own deadline.
 """
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import itertools
 import math
@@ -18,6 +17,7 @@ import time
 from concurrent.futures import Future
 from typing import Any
 
+from remote_ops.client import background_loop
 from remote_ops.deadline import Deadline, ambient
 from remote_ops.errors import DeadlineExceeded, SpecError
 
@@ -110,7 +110,8 @@ def _done(call: _Call) -> None:
     call.done_s = time.monotonic()
     if not _sweep_is_due:
         _sweep_is_due = True
-        asyncio.get_running_loop().call_later(KEEP_S, _sweep)
+        loop = background_loop()
+        loop.call_soon_threadsafe(loop.call_later, KEEP_S, _sweep)
 
 
 def _sweep() -> None:
@@ -122,7 +123,7 @@ def _sweep() -> None:
             _STARTED.pop(number, None)
     _sweep_is_due = bool(_STARTED)
     if _sweep_is_due:
-        asyncio.get_running_loop().call_later(max(KEEP_S / 8, 0.01), _sweep)
+        background_loop().call_later(max(KEEP_S / 8, 0.01), _sweep)
 
 
 def _after_fork() -> None:

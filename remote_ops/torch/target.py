@@ -109,8 +109,11 @@ class Target:
         return wanted
 
     def submit(self, spec: OpSpec, arrays: Mapping[str, Array], names: Sequence[str]) -> Future[dict[str, Array]]:
-        """The same in the background."""
-        return asyncio.run_coroutine_threadsafe(self._arun(spec, arrays, names, ambient()), background_loop())
+        """The same in the background; one deadline for all pieces."""
+        bound = ambient()
+        if isinstance(self.servable, Endpoint):
+            bound = Deadline.after(self.servable.timeout_s).earlier(bound)
+        return asyncio.run_coroutine_threadsafe(self._arun(spec, arrays, names, bound), background_loop())
 
     def _run(self, spec: OpSpec, arrays: Mapping[str, Array], names: Sequence[str]) -> dict[str, Array]:
         if self.max_rows is not None and self._is_too_large(spec, arrays):
