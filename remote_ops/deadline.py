@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from remote_ops.errors import DeadlineExceeded, SpecError
 
-__all__ = ["Deadline", "ambient", "deadline"]
+__all__ = ["Deadline", "ambient", "deadline", "within"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,14 @@ def deadline(timeout_s: float) -> Iterator[Deadline]:
     Args:
         timeout_s: seconds from now, 0 or more.
     """
-    bound = Deadline.after(timeout_s).earlier(_AMBIENT.get())
+    with within(Deadline.after(timeout_s)) as bound:
+        yield bound
+
+
+@contextmanager
+def within(bound: Deadline) -> Iterator[Deadline]:
+    """The same with an instant that is known already, such as that of a call that is being answered."""
+    bound = bound.earlier(_AMBIENT.get())
     token = _AMBIENT.set(bound)
     try:
         yield bound

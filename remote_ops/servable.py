@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
-from remote_ops.deadline import Deadline
+from remote_ops.deadline import Deadline, within
 from remote_ops.errors import InternalError, SignatureError, SpecError
 from remote_ops.signature import Array, Signature, TensorSpec, did_you_mean
 
@@ -60,7 +61,7 @@ def run_checked(
         run: takes the checked arrays in the order of the inputs, and the specs asked for; gives results by name.
         inputs: a caller's values by name.
         outputs: the names asked for; None for all.
-        deadline: past it, nothing is started.
+        deadline: past it, nothing is started; remote calls that the model makes end by then too.
 
     Raises:
         SignatureError: the inputs or the names asked for do not fit.
@@ -71,9 +72,12 @@ def run_checked(
     """
     arrays = signature.fit_inputs(inputs)
     wanted = signature.select_outputs(outputs)
-    if deadline is not None:
+    if deadline is None or deadline.at == math.inf:
+        results = run(arrays, wanted)
+    else:
         deadline.require(f"model '{signature.name}'")
-    results = run(arrays, wanted)
+        with within(deadline):  # a model may call others
+            results = run(arrays, wanted)
     try:
         return signature.fit_outputs(results, wanted)
     except SignatureError as error:

@@ -6,6 +6,7 @@ What happens on a connection is `front`'s; what a model is, `remote_ops`'.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import errno
 import os
@@ -216,14 +217,22 @@ def running(
     server = Server(models, listen, tls=tls, limits=limits, timeouts=timeouts)
     thread = threading.Thread(target=loop.run_forever, name="server_ref", daemon=True)
     thread.start()
+
+    def end() -> None:
+        if thread.is_alive():  # not again, and not in a forked child
+            asyncio.run_coroutine_threadsafe(_close_soon(server), loop).result()
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+
+    # A block that a program never leaves ends while its thread still runs, and not with the interpreter.
+    atexit.register(end)
     try:
         asyncio.run_coroutine_threadsafe(server.start(), loop).result()
         yield server.url
     finally:
-        asyncio.run_coroutine_threadsafe(_close_soon(server), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+        atexit.unregister(end)
+        end()
 
 
 async def _close_soon(server: Server) -> None:

@@ -658,3 +658,20 @@ def test_an_engine_count_holds_for_python_models_too(tmp_path: Path) -> None:
     with serving(tmp_path, "--engine-count", "5") as server:
         server.url()
         assert "5 at a time" in server.said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["", "raise SystemExit(3)"])
+def test_a_block_that_a_program_never_leaves_does_not_outlive_it(end: str) -> None:
+    program = f"""
+import numpy as np
+import server_ref
+from remote_ops import Endpoint, FunctionServable, TensorSpec
+io = [TensorSpec("x", "float32", (-1,))], [TensorSpec("y", "float32", (-1,))]
+block = server_ref.running({{"same": FunctionServable(lambda x: x, *io)}})
+print(Endpoint(block.__enter__())(np.ones(2, np.float32)), flush=True)
+{end}
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (3 if end else 0, "[1. 1.]\n", "")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from remote_ops.deadline import Deadline
+from remote_ops.deadline import Deadline, ambient
 from remote_ops.errors import DeadlineExceeded, InternalError, SignatureError, SpecError
 from remote_ops.servable import FunctionServable, Servable, load
 from remote_ops.signature import Array, Signature, TensorSpec
@@ -401,3 +401,12 @@ def test_a_vjp_that_forgets_a_gradient_breaks_the_signature() -> None:
     forgets = FunctionServable(lambda x: x, [x], [TensorSpec("y", "float32", (-1,))], vjp=lambda *_: {})
     with pytest.raises(InternalError, match="gradient:x"):
         forgets.infer({"x": np.float32([1])}, ["gradient:x"])
+
+
+def test_the_deadline_of_a_call_bounds_the_calls_that_the_model_makes() -> None:
+    seen: list[Deadline | None] = []
+    model = function(lambda x: seen.append(ambient()) or x)
+    bound = Deadline.after(5.0)
+    model.infer({"x": ONES}, deadline=bound)
+    model.infer({"x": ONES})
+    assert seen == [bound, None]

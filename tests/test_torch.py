@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from remote_ops import (  # noqa: E402
 from remote_ops.deadline import deadline  # noqa: E402
 from remote_ops.errors import DeadlineExceeded  # noqa: E402
 from remote_ops.signature import DTYPES  # noqa: E402
-from remote_ops.torch import RemoteModule  # noqa: E402
+from remote_ops.torch import Parallel, RemoteModule  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TORCH_DTYPES = [name for name in DTYPES if hasattr(torch, name)]
@@ -578,3 +579,68 @@ def test_the_pieces_of_a_batch_have_one_deadline(url: str) -> None:
         module = RemoteModule(slow_url, max_rows=1, timeout_s=0.3)
         with pytest.raises(DeadlineExceeded):
             module(torch.ones(100, 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"outputs": "y"}, "expected a list of names, got 'y'"),
+        ({"max_rows": "8"}, "expected a number of rows, 1 or more, got '8'"),
+        ({"max_rows": 8, "batched": False}, "expected batched=True"),
+        ({"timeout": 5}, "no option 'timeout': .* did you mean 'timeout_s'"),
+    ],
+)
+def test_an_option_that_cannot_be_is_named(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        RemoteModule("http://gpu1:9000/", **options)
+
+
+def test_a_torch_module_is_told_how_to_become_a_servable() -> None:
+    with pytest.raises(SpecError, match=r"got ReLU; say TorchModel\(module, inputs=...\)"):
+        RemoteModule(nn.ReLU())
+
+
+def test_branches_that_are_no_modules_are_refused() -> None:
+    with pytest.raises(SpecError, match="without the list"):
+        Parallel([nn.ReLU()])
+    with pytest.raises(SpecError, match=r"say RemoteModule\(URL\)"):
+        Parallel("http://gpu1:9000/")
+
+
+def test_a_forward_of_its_own_is_what_parallel_calls() -> None:
+    branch = nn.Sequential(nn.Identity())
+    branch.forward = lambda x: 0 * x
+    assert Parallel(branch)(torch.ones(2))[0].tolist() == [0, 0]
+    assert Parallel(nn.Sequential())(torch.ones(2))[0].tolist() == [1, 1]
+
+
+def test_nothing_is_no_tensor(url: str) -> None:
+    with pytest.raises(SignatureError, match=r"input 'x': expected float32 \[-1, 4\], got None"):
+        RemoteModule(f"{url}double")(None)
+
+
+def test_what_behaves_like_a_dict_is_taken_as_one(url: str) -> None:
+    result = RemoteModule(f"{url}double")(UserDict(x=torch.ones(1, 4)))
+    assert result["y"].tolist() == [[2.0] * 4]
+
+
+def test_models_that_start_models_of_this_process_end(url: str) -> None:
+    """More of them than there are threads for models of this process, each waiting for two others."""
+    twice = RemoteModule(double)
+
+    def both(x: Any) -> Any:
+        one, other = Parallel(twice, twice)(torch.from_numpy(x))
+        return (one + other).numpy()
+
+    nested = RemoteModule(FunctionServable(both, [spec("x")], [spec("y")]))
+    results = Parallel(*[nested] * 70)(torch.ones(1, 4))
+    assert {result.sum().item() for result in results} == {16.0}
+
+
+def test_what_marks_constants_of_a_trace_is_what_torch_reads() -> None:
+    import torch._dynamo
+
+    from remote_ops.torch.opspec import constant_while_tracing
+
+    theirs, ours = torch._dynamo.assume_constant_result(lambda: 1), constant_while_tracing(lambda: 1)
+    assert vars(theirs) == vars(ours) != {}

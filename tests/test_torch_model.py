@@ -184,7 +184,7 @@ def test_text_that_is_no_spec_is_refused_with_an_example(text: str) -> None:
         (Mixed, {}, r"inputs=\['x: float32 \[-1, 3\]', 'word: float32 \[-1, 3\]', 'scale: float32 \[-1, 3\]'\]"),
         (lambda: nn.Linear(4, 3), {"inputs": "x: string [-1]"}, "expected a dtype that torch has"),
         (lambda: nn.Linear(4, 3), {"inputs": [7]}, "expected a TensorSpec or text"),
-        (lambda: nn.Linear(4, 3), {"inputs": "x: float32 [-1, 5]"}, "cannot be multiplied.*say them, as in outputs="),
+        (lambda: nn.Linear(4, 3), {"inputs": "x: float32 [-1, 5]"}, "cannot be multiplied.*say outputs="),
         (lambda: nn.Linear(4, 3), {"inputs": X4, "outputs": []}, "one output or more"),
         (lambda: nn.Linear(4, 3), {"inputs": [TensorSpec("x", "float32", None)]}, "of any shape: expected a shape"),
         (lambda: nn.Linear(4, 3), {"inputs": X4, "outputs": ["a: float32 []", "b: float32 []"]}, "expected 2 outputs"),

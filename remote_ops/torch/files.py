@@ -51,8 +51,9 @@ def open_program(path: Path) -> torch.export.ExportedProgram:
                     path=str(path),
                 ) from error
             raise SpecError(f"torch cannot read this program: {reason_of(error)}", path=str(path)) from error
-    if hasattr(program, "_guards_code"):  # Python text, which `module` would compile
-        program._guards_code = []
+    if not hasattr(program, "_guards_code"):
+        raise SpecError(f"torch {torch.__version__} keeps the guards of a program elsewhere", path=str(path))
+    program._guards_code = []  # Python text, which `module` would compile
     return program
 
 

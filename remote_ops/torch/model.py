@@ -103,13 +103,13 @@ class TorchModel:
         inputs: Sequence[TensorSpec | str] | TensorSpec | str | None = None,
         outputs: Sequence[TensorSpec | str] | TensorSpec | str | None = None,
         weights: str | PathLike[str] | None = None,
-        device: str = "auto",
-        dtype: str | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype | None = None,
         compile: bool = False,
         name: str | None = None,
     ) -> None:
-        self._device = _device(device)
-        self._compute = _compute_dtype(dtype)
+        self._device = _device(str(device))
+        self._compute = _compute_dtype(None if dtype is None else str(dtype).removeprefix("torch."))
         self._casts = False
         self._streams = threading.local()
         self._differentiable = True
@@ -131,6 +131,8 @@ class TorchModel:
         if compile:
             self._forward = opened.calling(torch.compile(opened.module, dynamic=True))
             self._require_run(sizes, "cannot be compiled", "compile")
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # what the model keeps of its dry runs is for other streams too
 
     def __repr__(self) -> str:
         return f"TorchModel({self._place!r}, device={self.device!r})"
@@ -334,7 +336,7 @@ class TorchModel:
         tried = ", ".join(f"'{spec.name}' {spec.dtype} {list(_filled(spec, (2, 32)))}" for spec in taken)
         raise SpecError(
             f"cannot learn the outputs of '{name}', which fails on zeros, first on {tried or 'no inputs'}: "
-            f"{reason_of(first)}; if that is no mistake, say them, as in outputs=['output: float32 [-1, 10]']",
+            f"{reason_of(first)}; if these inputs are right, say outputs=['output: float32 [-1, 10]']",
             path="outputs",
         ) from first
 

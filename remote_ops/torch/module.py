@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import itertools
 import secrets
 import weakref
+from collections import UserDict
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -23,7 +25,7 @@ from remote_ops.client import Endpoint
 from remote_ops.deadline import deadline
 from remote_ops.errors import RemoteOpsError, SignatureError, SpecError
 from remote_ops.servable import Servable
-from remote_ops.signature import Signature, TensorSpec
+from remote_ops.signature import Signature, TensorSpec, did_you_mean
 from remote_ops.torch import started
 from remote_ops.torch.ops import op
 from remote_ops.torch.opspec import TORCH_OF, OpSpec, constant_while_tracing, has_rows
@@ -55,8 +57,10 @@ class RemoteModule(nn.Module):
         options: what `Endpoint` takes besides the URL, such as `timeout_s` or `headers`.
 
     Raises:
-        SpecError: no such servable, or an argument is wrong. A server that cannot be asked for its signature within a
-            second is none: it is asked again at the first call.
+        SpecError: no such servable, or an argument is wrong.
+
+    It asks for the signature, for a second at most. If nobody answers, or with an error, the first call asks again and
+    says so.
     """
 
     def __init__(
@@ -71,8 +75,12 @@ class RemoteModule(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if max_rows is not None and (max_rows < 1 or not batched):
-            raise SpecError(f"expected 1 or more, and batched=True, got {max_rows}", path="max_rows")
+        if max_rows is not None and not (isinstance(max_rows, int) and max_rows >= 1):
+            raise SpecError(f"expected a number of rows, 1 or more, got {max_rows!r}", path="max_rows")
+        if max_rows is not None and not batched:
+            raise SpecError("rows are sent in pieces: expected batched=True, got batched=False", path="max_rows")
+        if isinstance(outputs, str):
+            raise SpecError(f"expected a list of names, got {outputs!r}; say [{outputs!r}]", path="outputs")
         if not isinstance(config, bytes):
             raise SpecError(f"expected bytes, got a {type(config).__name__}", path="config")
         self.servable = _opened(servable, options)
@@ -133,12 +141,14 @@ class RemoteModule(nn.Module):
 
     def _learn(self, signature: Signature | None = None) -> str:
         """Keep what the graph needs to know of the signature, which is asked for unless given."""
-        signature = signature or self.servable.signature
+        self._text = self._spec(signature or self.servable.signature).text
+        return self._text
+
+    def _spec(self, signature: Signature) -> OpSpec:
         spec = OpSpec.of(signature, self._outputs, batched=self.batched, at=self._target.at)
         if self._target.max_rows is not None:
             _require_rows(spec)
-        self._text = spec.text
-        return self._text
+        return spec
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteModule:
         made = self.__class__.__new__(self.__class__)
@@ -271,11 +281,16 @@ def _text_of(*urls: str) -> str:
 
 def _opened(servable: Any, options: Mapping[str, Any]) -> Servable:
     if isinstance(servable, str | list | tuple):
+        known = [name for name in inspect.signature(Endpoint).parameters if name != "url"]
+        if unknown := [name for name in options if name not in known]:
+            hint = did_you_mean(unknown[0], known)
+            raise SpecError(f"no option '{unknown[0]}': expected some of {', '.join(known)}{hint}", path="options")
         return Endpoint(servable, **options)
     if options:
         raise SpecError(f"options are for URLs: got {', '.join(options)} with a servable", path=next(iter(options)))
     if not callable(getattr(servable, "infer", None)):
-        raise SpecError(f"expected a URL or a servable, got {type(servable).__name__}", path="servable")
+        hint = "; say TorchModel(module, inputs=...)" if isinstance(servable, nn.Module) else ""
+        raise SpecError(f"expected a URL or a servable, got {type(servable).__name__}{hint}", path="servable")
     return servable  # type: ignore[no-any-return]
 
 
@@ -306,7 +321,7 @@ def _learned(module: RemoteModule) -> str:
 @constant_while_tracing
 def _learned_while_tracing(key: str) -> str:
     module = _MODULES[key]
-    return OpSpec.of(module.servable.signature, module._outputs, batched=module.batched, at=module._target.at).text
+    return module._spec(module.servable.signature).text
 
 
 # --------------------------------------------------------------------------- inputs and outputs
@@ -328,7 +343,7 @@ def _place(where: Where) -> str:
 
 def _tensors(spec: OpSpec, inputs: tuple[Any, ...], named: dict[str, Any], where: Where) -> tuple[list[Tensor], bool]:
     """What a caller passed as tensors in the model's order, and whether it came as a dict."""
-    as_dict = len(inputs) == 1 and not named and isinstance(inputs[0], dict)
+    as_dict = len(inputs) == 1 and not named and isinstance(inputs[0], dict | UserDict)
     values = inputs[0] if as_dict else _by_name(spec.input_names, inputs, named, where)
     if len(values) != len(spec.inputs) or any(name not in values for name in spec.input_names):
         Signature(spec.inputs, spec.outputs).fit_inputs(values, at=_place(where))  # says which names are wrong
@@ -357,10 +372,15 @@ def _tensor(spec: TensorSpec, value: Any, where: Where) -> Tensor:
         return value
     if isinstance(value, fx.Proxy):
         return value  # type: ignore[return-value]
+    if value is None:
+        raise SignatureError(
+            f"input '{spec.name}': expected {spec}, got None", name=spec.name, expected=str(spec), at=_place(where)
+        )
     if isinstance(value, list | tuple) and any(isinstance(item, torch.Tensor) for item in value):
         # numpy would make an array of it, and drop the gradient.
         raise SignatureError(
-            f"input '{spec.name}': expected a tensor, got a {type(value).__name__} of tensors; torch.stack them",
+            f"input '{spec.name}': expected a tensor, got a {type(value).__name__} of tensors; torch.stack them, "
+            "or pass one for each input",
             name=spec.name,
             at=_place(where),
         )

@@ -51,7 +51,9 @@ def parse_spec(text: str) -> TensorSpec:
     try:
         if match is not None:
             sizes = [int(size) for size in match["sizes"].split(",")] if match["sizes"].strip() else []
-            return TensorSpec(match["name"], match["dtype"], tuple(sizes))
+            if match["dtype"] in DTYPES:  # numpy knows other names, and its `float` is a float64
+                return TensorSpec(match["name"], match["dtype"], tuple(sizes))
+            raise SpecError(f"no dtype '{match['dtype']}': expected one of {', '.join(DTYPES)}", path="inputs, outputs")
     except ValueError as error:
         if isinstance(error, SpecError):
             raise
@@ -136,8 +138,7 @@ def _of_module(module: nn.Module) -> Opened:
 
 def _of_program(program: torch.export.ExportedProgram) -> Opened:
     # Guards are Python text, and what they check the signature and a hook of the module check too.
-    options = {"check_guards": False} if "check_guards" in inspect.signature(program.module).parameters else {}
-    return Opened(program.module(**options), "ExportedProgram", "program", owned=False, program=program)
+    return Opened(program.module(check_guards=False), "ExportedProgram", "program", owned=False, program=program)
 
 
 def _load_weights(module: nn.Module, path: Path) -> None:

@@ -101,10 +101,13 @@ def _start_vjp(
 def _wait_vjp(ticket: Tensor, inputs: Tensors, wanted: Sequence[int], text: str) -> list[Tensor]:
     spec, number = OpSpec.read(text), int(ticket[0])
     if not number:  # nothing depends on the outputs
-        return [torch.zeros(inputs[index].shape, dtype=inputs[index].dtype, device=_device(inputs)) for index in wanted]
+        return [torch.zeros_like(inputs[index], memory_format=torch.contiguous_format) for index in wanted]
     with _all_or_none():
         results, at = started.take(number)
-        return _gradients(spec, results, _views(inputs), inputs, wanted, at)
+        gradients = _gradients(spec, results, _views(inputs), inputs, wanted, at)
+    for device in {gradient.device for gradient in gradients if gradient.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()  # a ticket is on the CPU: autograd knows no stream of this node
+    return gradients
 
 
 @contextmanager
@@ -162,8 +165,11 @@ def _gradients(
 ) -> list[Tensor]:
     """Gradients as tensors like their inputs; a model of bfloat16 that took a float32 gives a bfloat16 back."""
     found = spec.checked_gradients(results, wanted, [tuple(inputs[index].shape) for index in wanted], at=at)
-    tensors = _tensors(found, sent, inputs)
-    return [tensor.to(inputs[index].dtype) for tensor, index in zip(tensors, wanted, strict=True)]
+    arrays = _unshared(list(sent), found)
+    return [
+        tensor_of(array, inputs[index].device).to(inputs[index].dtype)
+        for array, index in zip(arrays, wanted, strict=True)
+    ]
 
 
 def _device(inputs: Tensors) -> torch.device:
@@ -198,7 +204,7 @@ def _fake_outputs(inputs: Tensors, text: str) -> list[Tensor]:
 
 
 def _fake_gradients(inputs: Tensors, wanted: Sequence[int]) -> list[Tensor]:
-    return [torch.empty(inputs[index].shape, dtype=inputs[index].dtype, device=_device(inputs)) for index in wanted]
+    return [torch.empty_like(inputs[index], memory_format=torch.contiguous_format) for index in wanted]
 
 
 def _fake_ticket() -> Tensor:
@@ -373,27 +379,27 @@ _LIBRARY: Any = torch.library.Library("remote_ops", "DEF")  # type: ignore[no-un
 _VJP = "Tensor handle, Tensor[] inputs, Tensor[] cotangents, int[] given, int[] wanted"
 _OPS: tuple[tuple[str, str, Any, Any, Any], ...] = (
     (
-        "infer", "(Tensor handle, Tensor[] inputs, str spec) -> Tensor[]",
+        "infer", "(Tensor handle, Tensor[] inputs, str text) -> Tensor[]",
         _infer, lambda handle, inputs, text: _fake_outputs(inputs, text), _vmap_infer,
     ),
     (
-        "vjp", f"({_VJP}, str spec) -> Tensor[]",
+        "vjp", f"({_VJP}, str text) -> Tensor[]",
         _vjp, lambda handle, inputs, cotangents, given, wanted, text: _fake_gradients(inputs, wanted), _vmap_vjp,
     ),
     (
-        "start", "(Tensor handle, Tensor[] inputs, int number, str spec) -> Tensor",
+        "start", "(Tensor handle, Tensor[] inputs, int number, str text) -> Tensor",
         _start, lambda *_: _fake_ticket(), _vmap_start,
     ),
     (
-        "wait", "(Tensor tickets, int index, int number, Tensor handle, Tensor[] inputs, str spec) -> Tensor[]",
+        "wait", "(Tensor tickets, int index, int number, Tensor handle, Tensor[] inputs, str text) -> Tensor[]",
         _wait, lambda tickets, index, number, handle, inputs, text: _fake_outputs(inputs, text), _vmap_wait,
     ),
     (
-        "start_vjp", f"({_VJP}, int number, str spec) -> Tensor",
+        "start_vjp", f"({_VJP}, int number, str text) -> Tensor",
         _start_vjp, lambda *_: _fake_ticket(), _vmap_start_vjp,
     ),
     (
-        "wait_vjp", "(Tensor ticket, Tensor[] inputs, int[] wanted, str spec) -> Tensor[]",
+        "wait_vjp", "(Tensor ticket, Tensor[] inputs, int[] wanted, str text) -> Tensor[]",
         _wait_vjp, lambda ticket, inputs, wanted, text: _fake_gradients(inputs, wanted), _vmap_wait_vjp,
     ),
 )  # fmt: skip

@@ -55,8 +55,8 @@ class OpSpec(NamedTuple):
     def of(cls, signature: Signature, outputs: Sequence[str] | None, *, batched: bool, at: str) -> OpSpec:
         """What a call for these outputs (None: all) looks like."""
         wanted = signature.select_outputs(outputs, at=at)
-        written = [_VERSION, _rows(signature.inputs), _rows(wanted), batched]
-        return cls.read(json.dumps(written, separators=(",", ":")))
+        fields = [_VERSION, _written(signature.inputs), _written(wanted), batched]
+        return cls.read(json.dumps(fields, separators=(",", ":")))
 
     @staticmethod
     def read(text: str) -> OpSpec:
@@ -146,7 +146,7 @@ def has_rows(spec: TensorSpec) -> bool:
     return bool(spec.shape) and spec.shape[0] == -1  # type: ignore[index]  # None is false
 
 
-def _rows(specs: Sequence[TensorSpec]) -> list[Any]:
+def _written(specs: Sequence[TensorSpec]) -> list[Any]:
     return [[spec.name, spec.dtype, spec.shape, spec.differentiable] for spec in specs]
 
 

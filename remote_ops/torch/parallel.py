@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from remote_ops.errors import SpecError
 from remote_ops.torch.module import RemoteModule, Started
 
 __all__ = ["Parallel"]
@@ -26,11 +27,17 @@ class Parallel(nn.Module):
 
     Args:
         branches: two or more, as a rule.
+
+    Raises:
+        SpecError: a branch is no module.
     """
 
     def __init__(self, *branches: nn.Module) -> None:
         super().__init__()
         for index, branch in enumerate(branches):
+            if not isinstance(branch, nn.Module):
+                what = "Parallel(a, b), without the list" if isinstance(branch, list | tuple) else "RemoteModule(URL)"
+                raise SpecError(f"expected modules, got a {type(branch).__name__}; say {what}", path="branches")
             self.add_module(str(index), branch)
 
     def forward(self, *inputs: Any, **named: Any) -> tuple[Any, ...]:
@@ -66,7 +73,7 @@ def _run(lanes: list[_Lane]) -> tuple[Any, ...]:
             lane.run_local()
         if not waiting:
             return tuple([lane.inputs[0] for lane in lanes])
-        # In eager mode autograd runs a wait's backward before any start's by itself, since it was recorded later.
+        # In eager mode autograd runs the backward of the waits first by itself: they were recorded later.
         calls = [lane.call for lane in waiting if lane.call is not None]
         tickets = torch.cat([call.ticket for call in calls]) if torch.compiler.is_compiling() else None
         for index, (lane, call) in enumerate(zip(waiting, calls, strict=True)):
@@ -120,7 +127,7 @@ class _Lane:
 
 def _steps(branch: nn.Module) -> list[nn.Module]:
     """The modules that run one after the other."""
-    if type(branch) is nn.Sequential and not _has_hooks(branch):
+    if type(branch) is nn.Sequential and len(branch) and "forward" not in branch.__dict__ and not _has_hooks(branch):
         return [step for module in branch for step in _steps(module)]
     return [branch]
 

@@ -16,8 +16,9 @@ import functools
 import json
 import os
 import secrets
+import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -113,6 +114,8 @@ class Target:
         bound = ambient()
         if isinstance(self.servable, Endpoint):
             bound = Deadline.after(self.servable.timeout_s).earlier(bound)
+        elif getattr(_THREAD, "is_ours", False):
+            return _done_at_once(lambda: self._run_here(arrays, names))
         return asyncio.run_coroutine_threadsafe(self._arun(spec, arrays, names, bound), background_loop())
 
     def _run(self, spec: OpSpec, arrays: Mapping[str, Array], names: Sequence[str]) -> dict[str, Array]:
@@ -122,6 +125,9 @@ class Target:
                 return future.result()
             finally:
                 future.cancel()  # the wait may have been interrupted
+        return self._run_here(arrays, names)
+
+    def _run_here(self, arrays: Mapping[str, Array], names: Sequence[str]) -> dict[str, Array]:
         if self.is_remote:
             return self.servable.infer(arrays, names, config=self.config)
         return self.servable.infer(arrays, names, config=self.config, deadline=ambient())
@@ -235,10 +241,23 @@ def _rebuild(key: bytes) -> Target:
     return Target(Endpoint.from_description(description), config, written["max_rows"])
 
 
+_THREAD = threading.local()
+
+
 @functools.lru_cache(maxsize=1)
 def _threads() -> ThreadPoolExecutor:
     """Threads for servables of this process that were started and not awaited."""
-    return ThreadPoolExecutor(64, thread_name_prefix="remote-ops-local")
+    return ThreadPoolExecutor(64, "remote-ops-local", initializer=lambda: setattr(_THREAD, "is_ours", True))
+
+
+def _done_at_once(run: Callable[[], dict[str, Array]]) -> Future[dict[str, Array]]:
+    """What a model that runs on one of these threads starts itself: if it waited for another, all might wait."""
+    future: Future[dict[str, Array]] = Future()
+    try:
+        future.set_result(run())
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 os.register_at_fork(after_in_child=_threads.cache_clear)

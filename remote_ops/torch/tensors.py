@@ -110,7 +110,7 @@ def _require_dense(tensor: torch.Tensor) -> None:
 def _copying(tensor: torch.Tensor) -> torch.Tensor:
     """A CUDA tensor's copy in pinned memory, complete once the current stream is."""
     _require_dense(tensor)
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     with torch.cuda.device(tensor.device):  # the copy goes on this device's current stream
         return host.copy_(tensor.detach(), non_blocking=True)
 
