@@ -280,10 +280,12 @@ def test_pickled_modules_call_on_their_own_connections(elsewhere: str) -> None:
 
 INTERRUPTED = """
 import gc
+import signal
 import sys
 import torch
 from remote_ops.torch import Parallel, RemoteModule, started
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it ignored
 url = sys.argv[1]
 hold, held_gradient = (RemoteModule(url + name, timeout_s=600) for name in ("hold", "hold-backward"))
 many = RemoteModule(url + "hold", timeout_s=600, max_rows=1)
