@@ -793,7 +793,7 @@ def test_a_dropped_call_that_was_answered_is_forgotten(url: str) -> None:
 def test_an_unanswered_call_expires_whether_or_not_somebody_waits(url: str) -> None:
     module = RemoteModule(f"{url}hold", timeout_s=0.2)
     before = clients(url)
-    with pytest.raises(DeadlineExceeded, match=r"no answer from .* in 0\.2"):
+    with pytest.raises(DeadlineExceeded, match=r"no answer from .* in 0\.\d+ s"):
         module.start(torch.ones(1, 4)).wait()
     call = module.start(torch.ones(1, 4))
     assert until(lambda: clients(url) <= before)
