@@ -116,17 +116,12 @@ def _all_or_none() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        started.give_up_pass(_backward_pass())
+        started.give_up_pass()
         raise
 
 
-def _backward_pass() -> int:
-    """The number of the backward pass that runs on this thread, -1 for none."""
-    return torch._C._current_graph_task_id()
-
-
 def _ticket(target: Target, future: Any) -> Tensor:
-    number = started.start(future, target.at, _backward_pass())
+    number = started.start(future, target.at)
     return torch.tensor([number], dtype=torch.float64, device=_CPU)
 
 

@@ -13,9 +13,12 @@ import concurrent.futures
 import itertools
 import math
 import os
+import threading
 import time
 from concurrent.futures import Future
 from typing import Any
+
+import torch
 
 from remote_ops.client import background_loop
 from remote_ops.deadline import Deadline, ambient
@@ -24,17 +27,19 @@ from remote_ops.errors import DeadlineExceeded, SpecError
 __all__ = ["KEEP_S", "give_up", "give_up_pass", "in_flight", "start", "take"]
 
 KEEP_S = 300.0
+_NONE = -1  # what torch calls no backward pass
 
 
 class _Call:
-    """One of them: where it goes, which backward pass it belongs to (-1 for none), and when its answer came."""
+    """One of them: where it goes, which backward pass of which thread it belongs to, and when its answer came."""
 
-    __slots__ = ("at", "backward_pass", "done_s", "future")
+    __slots__ = ("at", "backward_pass", "done_s", "future", "thread")
 
-    def __init__(self, future: Future[Any], at: str, backward_pass: int) -> None:
+    def __init__(self, future: Future[Any], at: str) -> None:
         self.future = future
         self.at = at
-        self.backward_pass = backward_pass
+        self.backward_pass = _backward_pass()
+        self.thread = threading.get_ident()
         self.done_s = math.inf
 
 
@@ -43,16 +48,16 @@ _NUMBERS = itertools.count(1)
 _sweep_is_due = False
 
 
-def start(future: Future[Any], at: str, backward_pass: int = -1) -> int:
+def start(future: Future[Any], at: str) -> int:
     """Keep a call until it is waited for; give its number.
 
     Args:
         future: of the call.
         at: where it goes, for errors.
-        backward_pass: the pass it belongs to, so that all of one can be given up together; -1 for none.
     """
+    _give_up_orphans()
     number = next(_NUMBERS)
-    _STARTED[number] = call = _Call(future, at, backward_pass)
+    _STARTED[number] = call = _Call(future, at)
     future.add_done_callback(lambda _: _done(call))
     return number
 
@@ -91,16 +96,31 @@ def give_up(number: int) -> None:
         call.future.cancel()
 
 
-def give_up_pass(backward_pass: int) -> None:
-    """Cancel what a backward pass has started."""
+def give_up_pass() -> None:
+    """Cancel what the backward pass that runs on this thread has started."""
+    running = _backward_pass()
     for number, call in _STARTED.copy().items():
-        if call.backward_pass == backward_pass != -1:
+        if call.backward_pass == running != _NONE:
             give_up(number)
 
 
 def in_flight() -> int:
     """How many calls were started and not yet waited for."""
+    _give_up_orphans()
     return len(_STARTED)
+
+
+def _backward_pass() -> int:
+    return torch._C._current_graph_task_id()
+
+
+def _give_up_orphans() -> None:
+    """Cancel what backward passes of this thread have left behind, an interrupted one for instance."""
+    if _backward_pass() == _NONE:
+        thread = threading.get_ident()
+        for number, call in _STARTED.copy().items():
+            if call.backward_pass != _NONE and call.thread == thread:
+                give_up(number)
 
 
 def _done(call: _Call) -> None:
