@@ -23,7 +23,7 @@ from remote_ops.deadline import Deadline, within
 from remote_ops.errors import InternalError, SignatureError, SpecError
 from remote_ops.signature import Array, Signature, TensorSpec, did_you_mean
 
-__all__ = ["FunctionServable", "Servable", "load", "run_checked", "split_cotangents"]
+__all__ = ["FunctionServable", "Servable", "construct", "load", "run_checked", "split_cotangents"]
 
 
 @runtime_checkable
@@ -281,7 +281,7 @@ _OBJECT = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<thing>[^\W\d]\w
 
 
 def _open_file(path: Path, *, name: str | None, device: str, options: Mapping[str, Any]) -> Servable:
-    return _make(_KINDS[path.suffix.lower()](), path, {"name": name, "device": device, **options})
+    return construct(_KINDS[path.suffix.lower()](), path, {"name": name, "device": device, **options})
 
 
 def _open_object(
@@ -298,7 +298,7 @@ def _open_object(
     if _is_servable(found):
         _refuse(what, "a Python object", given)
         return found
-    return _make(_torch_model(), found, given)
+    return construct(_torch_model(), found, given)
 
 
 def _open_endpoint(url: str, options: Mapping[str, Any]) -> Servable:
@@ -307,11 +307,15 @@ def _open_endpoint(url: str, options: Mapping[str, Any]) -> Servable:
         raise SpecError(f"no way to open a URL of scheme '{scheme}': expected http, https or http+unix")
     from remote_ops.client import Endpoint
 
-    return _make(Endpoint, url, options)
+    return construct(Endpoint, url, options)
 
 
-def _make(kind: type[Servable], source: Any, options: Mapping[str, Any]) -> Servable:
-    """Construct a servable; an option that its class lacks is a `SpecError`."""
+def construct(kind: type[Servable], source: Any, options: Mapping[str, Any]) -> Servable:
+    """Make a servable of `source` and options by name.
+
+    Raises:
+        SpecError: an option that the class lacks; says which it has, and what was perhaps meant.
+    """
     _, *known = inspect.signature(kind).parameters
     if unknown := [option for option in options if option not in known]:
         hint = did_you_mean(unknown[0], known)
@@ -319,8 +323,8 @@ def _make(kind: type[Servable], source: Any, options: Mapping[str, Any]) -> Serv
             f"{kind.__name__} has no option '{unknown[0]}': expected some of {', '.join(known)}{hint}",
             path="options",
         )
-    construct: Callable[..., Servable] = kind
-    return construct(source, **options)
+    made: Callable[..., Servable] = kind
+    return made(source, **options)
 
 
 def _refuse(what: str, kind: str, given: Mapping[str, Any]) -> None:

@@ -147,7 +147,7 @@ class _Infer(_ReverseOnly):
         if not given:
             return (None,) * (4 + len(inputs))
         gradients = ctx.ops["vjp"](handle, inputs, [cotangents[index] for index in given], given, wanted, ctx.text)
-        return (None, None, None, None, *_spread(gradients, wanted, len(inputs)))
+        return (*[None] * 4, *_spread(gradients, wanted, len(inputs)))
 
 
 class _Start(_ReverseOnly):
@@ -164,7 +164,7 @@ class _Start(_ReverseOnly):
     def backward(ctx: Any, ticket: Any) -> Any:
         inputs, wanted = list(ctx.saved_tensors), _wanted(ctx.needs_input_grad[5:])
         gradients = ctx.ops["wait_vjp"](ticket, inputs, wanted, ctx.text)
-        return (None, None, None, None, None, *_spread(gradients, wanted, len(inputs)))
+        return (*[None] * 5, *_spread(gradients, wanted, len(inputs)))
 
 
 class _Wait(_ReverseOnly):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import inspect
 import itertools
 import secrets
 import weakref
@@ -24,8 +23,8 @@ from torch._compile import _disable_dynamo
 from remote_ops.client import Endpoint
 from remote_ops.deadline import deadline
 from remote_ops.errors import RemoteOpsError, SignatureError, SpecError
-from remote_ops.servable import Servable
-from remote_ops.signature import Signature, TensorSpec, did_you_mean
+from remote_ops.servable import Servable, construct
+from remote_ops.signature import Signature, TensorSpec
 from remote_ops.torch import started
 from remote_ops.torch.ops import op
 from remote_ops.torch.opspec import TORCH_OF, OpSpec, constant_while_tracing, has_rows
@@ -281,11 +280,7 @@ def _text_of(*urls: str) -> str:
 
 def _opened(servable: Any, options: Mapping[str, Any]) -> Servable:
     if isinstance(servable, str | list | tuple):
-        known = [name for name in inspect.signature(Endpoint).parameters if name != "url"]
-        if unknown := [name for name in options if name not in known]:
-            hint = did_you_mean(unknown[0], known)
-            raise SpecError(f"no option '{unknown[0]}': expected some of {', '.join(known)}{hint}", path="options")
-        return Endpoint(servable, **options)
+        return construct(Endpoint, servable, options)
     if options:
         raise SpecError(f"options are for URLs: got {', '.join(options)} with a servable", path=next(iter(options)))
     if not callable(getattr(servable, "infer", None)):

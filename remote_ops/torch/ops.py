@@ -224,6 +224,7 @@ class _Batch:
             if has_rows(input)
         }
         self.supplies_rows = ranks == {-1}
+        self.rows_each = 0  # where a sample has rows of its own
         self.folds = (
             spec.batched
             and ranks in ({0}, {-1})
