@@ -1,0 +1,621 @@
+#include "http.h"
+
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <fcntl.h>
+#include <netdb.h>
+#include <arpa/inet.h>
+#include <unistd.h>
+
+#include <cctype>
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <thread>
+#include <unordered_map>
+
+namespace remote_ops {
+namespace {
+
+constexpr long kUploadBytes = 1 << 20, kReceiveBytes = 1 << 19;
+constexpr uint64_t kMaxBodyBytes = uint64_t{1} << 31;
+constexpr double kBaseWaitS = 0.05, kMaxWaitS = 2.0;
+constexpr double kForeverS = 1e9;
+constexpr size_t kLoops = 4;
+
+double Seconds(Clock::duration length) { return std::chrono::duration<double>(length).count(); }
+Clock::duration Length(double seconds) {
+  return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::min(seconds, kForeverS)));
+}
+long Milliseconds(double seconds) {
+  return static_cast<long>(std::ceil(std::max(0.001, std::min(seconds, kForeverS / 1e3)) * 1e3));
+}
+
+std::string Fixed(double seconds) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.3f s", seconds);
+  return text;
+}
+
+// --------------------------------------------------------------------------- headers
+
+bool IsName(char c, bool first) { return c == '_' || std::isalpha((unsigned char)c) || (!first && std::isdigit((unsigned char)c)); }
+
+// Fills in ${NAME}; false, with `missing` set, if a variable is not there.
+bool Resolve(const std::string& value, std::string* resolved, std::string* missing) {
+  resolved->clear();
+  for (size_t at = 0; at < value.size();) {
+    size_t end = at + 2;
+    if (value.compare(at, 2, "${") == 0) {
+      while (end < value.size() && IsName(value[end], end == at + 2)) ++end;
+    }
+    if (end < value.size() && end > at + 2 && value[end] == '}') {
+      const std::string name = value.substr(at + 2, end - at - 2);
+      const char* found = std::getenv(name.c_str());
+      if (found == nullptr) {
+        *missing = name;
+        return false;
+      }
+      resolved->append(found);
+      at = end + 1;
+    } else {
+      resolved->push_back(value[at++]);
+    }
+  }
+  return true;
+}
+
+bool IsPlain(const std::string& text) {
+  return std::all_of(text.begin(), text.end(), [](char c) { return c != '\r' && c != '\n' && c != '\0' && !(c & 0x80); });
+}
+
+std::string Lower(std::string text) {
+  for (char& c : text) c = static_cast<char>(std::tolower((unsigned char)c));
+  return text;
+}
+
+// --------------------------------------------------------------------------- what an answer means
+
+// The error classes of errors.py, by the code in the body.
+Failure OfAnswer(const graphpipe::Error& error, const std::string& url) {
+  const std::string message = error.message + " - from " + url;
+  switch (error.code) {
+    case kInvalidArgument:
+    case kDeadlineExceeded:
+    case kNotFound:
+    case kUnimplemented:
+    case kInternal:
+      return Final(static_cast<Code>(error.code), message);
+    case kResourceExhausted:
+    case kUnavailable:
+      return Passing(static_cast<Code>(error.code), message);
+    default:
+      return Final(kUnknown, message + " (code " + std::to_string(error.code) + ")");
+  }
+}
+
+bool IsText(const std::string& type) {
+  return type.rfind("text/", 0) == 0 || type.find("json") != std::string::npos || type.find("xml") != std::string::npos;
+}
+
+// The beginning of a body as words, without markup.
+std::string Words(std::string_view body) {
+  std::string words;
+  bool in_tag = false, space = false;
+  for (unsigned char c : body.substr(0, 400)) {
+    if (c == '<') in_tag = true;
+    if (!in_tag && c > ' ' && c != 127) {
+      if (space && !words.empty()) words.push_back(' ');
+      space = false;
+      words.push_back(static_cast<char>(c));
+    } else {
+      space = true;
+    }
+    if (c == '>') in_tag = false;
+  }
+  words = words.substr(0, 160);
+  while (!words.empty() && !graphpipe::IsUtf8(words)) words.pop_back();
+  return words;
+}
+
+std::string Said(const Call& call, long status, const std::string& type) {
+  const std::string answered = call.url().text + " answered " + std::to_string(status);
+  if (status >= 300 && status < 400) {
+    char* found = nullptr;
+    curl_easy_getinfo(call.easy, CURLINFO_REDIRECT_URL, &found);
+    std::string location = found ? found : "somewhere";
+    return answered + ": it moved to '" + location.substr(0, location.find('?')) + "'; call that";
+  }
+  if (status == 401 || status == 403) return answered + ": it wants to know who calls; pass headers={'Authorization': ...}";
+  const std::string words = IsText(type) ? Words(call.body.view()) : "";
+  return answered + (words.empty() ? "" : ": " + words);
+}
+
+Failure OfStatus(const Call& call, long status, const std::string& type) {
+  try {
+    const graphpipe::Response response = graphpipe::DecodeResponse(call.body.view());
+    if (!response.errors.empty()) return OfAnswer(response.errors[0], call.url().text);
+  } catch (const graphpipe::Malformed&) {
+    // It said it in other words.
+  }
+  const std::string said = Said(call, status, type);
+  switch (status) {
+    case 429: return Passing(kResourceExhausted, said);
+    case 502:
+    case 503: return Passing(kUnavailable, said);
+    case 504: return Final(kDeadlineExceeded, said);
+    case 401: return Final(kUnauthenticated, said);
+    case 403: return Final(kPermissionDenied, said);
+    case 404: return Final(kNotFound, said);
+    case 501: return Final(kUnimplemented, said);
+    default: return Final(status >= 400 && status < 500 ? kInvalidArgument : kInternal, said);
+  }
+}
+
+// Reads a whole answer into `call->response`.
+Failure Judge(Call* call) {
+  long status = 0;
+  char* found = nullptr;
+  curl_easy_getinfo(call->easy, CURLINFO_RESPONSE_CODE, &status);
+  curl_easy_getinfo(call->easy, CURLINFO_CONTENT_TYPE, &found);
+  const std::string type = Lower(found ? found : "");
+  if (status < 200 || status >= 300) return OfStatus(*call, status, type);
+  const std::string& url = call->url().text;
+  try {
+    call->response = graphpipe::DecodeResponse(call->body.view());
+  } catch (const graphpipe::Malformed& error) {
+    if (call->body.view().empty()) {
+      return Final(kInternal, url + " answered " + std::to_string(status) + " with an empty body: expected a GraphPipe message");
+    }
+    if (IsText(type)) return Final(kInternal, Said(*call, status, type) + ": expected a GraphPipe message");
+    return Final(kInternal, "the answer from " + url + " is no GraphPipe message: " + error.what());
+  }
+  if (!call->response.errors.empty()) return OfAnswer(call->response.errors[0], url);
+  return {};
+}
+
+// --------------------------------------------------------------------------- what curl means
+
+const char* Phase(CURL* easy, bool all_sent) {
+  curl_off_t ready = 0, first = 0;
+  curl_easy_getinfo(easy, CURLINFO_PRETRANSFER_TIME_T, &ready);
+  curl_easy_getinfo(easy, CURLINFO_STARTTRANSFER_TIME_T, &first);
+  if (ready == 0) return "connecting";
+  if (first == 0) return all_sent ? "waiting for the first byte" : "sending the request";
+  return "receiving the answer";
+}
+
+bool AllSent(const Call& call) { return call.piece == call.pieces.size(); }
+
+Failure OfTimeout(const Call& call, const char* phase) {
+  const Instant now = Clock::now();
+  const std::string said = "no answer from " + call.url().text + " in " + Fixed(Seconds(now - call.started)) + " (attempt " +
+                           std::to_string(call.attempt) + " of " + std::to_string(call.attempts) + ", " +
+                           Fixed(Seconds(now - call.sent)) + " " + phase + ")";
+  return {kDeadlineExceeded, said, now < call.deadline};
+}
+
+Failure OfCurl(const Call& call, CURLcode code) {
+  const std::string& url = call.url().text;
+  const std::string why = call.curl_error[0] ? call.curl_error : curl_easy_strerror(code);
+  switch (code) {
+    case CURLE_OPERATION_TIMEDOUT:
+      return OfTimeout(call, Phase(call.easy, AllSent(call)));
+    case CURLE_COULDNT_CONNECT:
+    case CURLE_COULDNT_RESOLVE_HOST:
+    case CURLE_SSL_CONNECT_ERROR:
+      return Passing(kUnavailable, "cannot connect (" + why + ") - at " + url);
+    case CURLE_PEER_FAILED_VERIFICATION:
+      return Final(kUnavailable, "cannot connect (" + why + ") - at " + url);
+    case CURLE_SSL_CERTPROBLEM:
+    case CURLE_SSL_CACERT_BADFILE:
+    case CURLE_SSL_CIPHER:
+      return Final(kInvalidArgument, "these certificates do not load: " + why + " - at " + url);
+    case CURLE_SEND_ERROR:
+    case CURLE_RECV_ERROR:
+    case CURLE_GOT_NOTHING:
+    case CURLE_PARTIAL_FILE:
+    case CURLE_SEND_FAIL_REWIND:
+      return Passing(kUnavailable, std::string("the connection ended while ") + Phase(call.easy, AllSent(call)) + " (" + why +
+                                       ") - at " + url);
+    case CURLE_WRITE_ERROR:
+      return Final(kInternal, call.too_large ? "an answer of more than " + std::to_string(kMaxBodyBytes) + " bytes - at " + url
+                                             : "no memory for the answer - at " + url);
+    default:
+      return Final(kInternal, "the answer is not HTTP/1.1 as we accept it: " + why + " - at " + url);
+  }
+}
+
+// --------------------------------------------------------------------------- what curl calls back
+
+size_t GiveBody(char* into, size_t size, size_t count, void* context) {
+  auto* call = static_cast<Call*>(context);
+  size_t room = size * count, copied = 0;
+  while (room && call->piece < call->pieces.size()) {
+    const std::string_view rest = call->pieces[call->piece].substr(call->offset);
+    const size_t taken = std::min(room, rest.size());
+    std::memcpy(into + copied, rest.data(), taken);
+    copied += taken;
+    room -= taken;
+    call->offset += taken;
+    if (taken == rest.size()) {
+      ++call->piece;
+      call->offset = 0;
+    }
+  }
+  return copied;
+}
+
+// curl sends the request again where a kept connection turned out to be closed; not if it may be sent only once.
+int Rewind(void* context, curl_off_t offset, int origin) {
+  auto* call = static_cast<Call*>(context);
+  if (offset != 0 || origin != SEEK_SET || (call->attempts == 1 && (call->piece || call->offset))) return CURL_SEEKFUNC_FAIL;
+  call->piece = call->offset = 0;
+  return CURL_SEEKFUNC_OK;
+}
+
+size_t TakeBody(char* from, size_t size, size_t count, void* context) {
+  auto* call = static_cast<Call*>(context);
+  size *= count;
+  if (call->body.view().empty()) {
+    curl_off_t length = -1;
+    curl_easy_getinfo(call->easy, CURLINFO_CONTENT_LENGTH_DOWNLOAD_T, &length);
+    call->too_large = length > static_cast<curl_off_t>(kMaxBodyBytes);
+    if (call->too_large || (length > 0 && !call->body.Reserve(static_cast<size_t>(length)))) return CURL_WRITEFUNC_ERROR;
+  }
+  call->too_large = call->body.view().size() + size > kMaxBodyBytes;
+  return !call->too_large && call->body.Append(from, size) ? size : CURL_WRITEFUNC_ERROR;
+}
+
+// TensorFlow's curl knows no unix sockets, but takes one that is connected already.
+curl_socket_t OpenUnix(void* context, curlsocktype, curl_sockaddr*) {
+  const std::string& path = static_cast<Call*>(context)->url().unix_path;
+  sockaddr_un address = {};
+  address.sun_family = AF_UNIX;
+  if (path.size() >= sizeof address.sun_path) return CURL_SOCKET_BAD;
+  std::memcpy(address.sun_path, path.data(), path.size());
+  const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+  if (fd >= 0 && connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) == 0) return fd;
+  if (fd >= 0) close(fd);
+  return CURL_SOCKET_BAD;
+}
+
+int IsConnected(void*, curl_socket_t, curlsocktype) { return CURL_SOCKOPT_ALREADY_CONNECTED; }
+
+std::string TrustedFile() {
+  for (const char* name : {"SSL_CERT_FILE", "CURL_CA_BUNDLE"}) {
+    if (const char* path = std::getenv(name)) return path;
+  }
+  for (const char* path : {"/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem",
+                           "/etc/ssl/cert.pem"}) {
+    if (access(path, R_OK) == 0) return path;
+  }
+  return "";
+}
+
+}  // namespace
+
+// --------------------------------------------------------------------------- loops
+
+// One thread that drives many calls. `mutex_` guards what other threads put in; the rest is the thread's own.
+class Loop {
+ public:
+  Loop() : multi_(curl_multi_init()) {
+    curl_multi_setopt(multi_, CURLMOPT_MAXCONNECTS, 64L);
+    curl_multi_setopt(multi_, CURLMOPT_PIPELINING, static_cast<long>(CURLPIPE_NOTHING));
+    std::thread([this] { Run(); }).detach();
+  }
+
+  void Put(std::shared_ptr<Call> call, bool give_up) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      (give_up ? given_up_ : started_).push_back(std::move(call));
+    }
+    curl_multi_wakeup(multi_);
+  }
+
+  std::atomic<int> load{0};
+
+ private:
+  void Run() {
+    for (;;) {
+      TakeIn();
+      StartDue();
+      int running = 0;
+      curl_multi_perform(multi_, &running);
+      while (Reap()) {
+      }
+      curl_multi_poll(multi_, nullptr, 0, PatienceMs(), nullptr);
+    }
+  }
+
+  int PatienceMs() const {
+    if (waiting_.empty()) return 60'000;
+    const double left = Seconds(waiting_.begin()->first - Clock::now());
+    return static_cast<int>(std::ceil(std::max(0.0, std::min(left, 60.0)) * 1e3));
+  }
+
+  void TakeIn() {
+    std::vector<std::shared_ptr<Call>> started, given_up;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      started.swap(started_);
+      given_up.swap(given_up_);
+    }
+    for (auto& call : started) waiting_.emplace(call->next, std::move(call));
+    for (auto& call : given_up) {
+      if (!call->over) End(call, Final(kCancelled, "the call to " + call->target->urls[0].text + " was cancelled"));
+    }
+  }
+
+  void StartDue() {
+    const Instant now = Clock::now();
+    while (!waiting_.empty() && waiting_.begin()->first <= now) {
+      std::shared_ptr<Call> call = waiting_.begin()->second;
+      waiting_.erase(waiting_.begin());
+      if (call->over) continue;
+      ++call->attempt;
+      call->sent = now;
+      const Failure failure = Send(call);
+      if (failure.code != kOk) End(call, failure);
+    }
+  }
+
+  // Begins one attempt.
+  Failure Send(const std::shared_ptr<Call>& call) {
+    const double left = Seconds(call->deadline - call->sent);
+    if (left <= 0) return OfTimeout(*call, "waiting to be sent");
+    call->easy = NewHandle();
+    if (call->easy == nullptr) return Final(kInternal, "curl gives no handle");
+    Failure failure = SetHeaders(call.get(), left);
+    if (failure.code != kOk) return failure;
+    call->piece = call->offset = 0;
+    call->body.Clear();
+    call->curl_error[0] = 0;
+    SetOptions(call.get(), left);
+    running_[call->easy] = call;
+    if (curl_multi_add_handle(multi_, call->easy) == CURLM_OK) return {};
+    running_.erase(call->easy);
+    return Final(kInternal, "curl takes no more transfers");
+  }
+
+  CURL* NewHandle() {
+    if (spare_.empty()) return curl_easy_init();
+    CURL* easy = spare_.back();
+    spare_.pop_back();
+    return easy;
+  }
+
+  static Failure SetHeaders(Call* call, double left) {
+    auto add = [call](const std::string& line) { call->headers = curl_slist_append(call->headers, line.c_str()); };
+    add("Content-Type: application/octet-stream");
+    add("Expect:");
+    add("Accept:");
+    if (!call->url().unix_path.empty()) add("Host: localhost");
+    if (left < kForeverS) add("X-Request-Timeout-Ms: " + std::to_string(static_cast<int64_t>(left * 1e3)));
+    for (const auto& [name, value] : call->target->headers) {
+      std::string resolved, missing;
+      if (!Resolve(value, &resolved, &missing)) {
+        return Final(kInvalidArgument, "header '" + name + "' needs the environment variable " + missing + ", which is not set");
+      }
+      if (!IsPlain(resolved)) {
+        return Final(kInvalidArgument, "header '" + name + "' has a value with a line end or a character beyond ASCII");
+      }
+      add(resolved.empty() ? name + ";" : name + ": " + resolved);  // curl's way to write an empty header
+    }
+    return {};
+  }
+
+  void SetOptions(Call* call, double left) {
+    CURL* easy = call->easy;
+    const Url& url = call->url();
+    const double attempt = call->attempt_timeout_s > 0 ? std::min(call->attempt_timeout_s, left) : left;
+    const double connect = call->connect_timeout_s > 0 ? std::min(call->connect_timeout_s, attempt) : attempt;
+    curl_easy_setopt(easy, CURLOPT_URL, url.curl.c_str());
+    curl_easy_setopt(easy, CURLOPT_PROTOCOLS_STR, "http,https");
+    curl_easy_setopt(easy, CURLOPT_PROXY, "");
+    curl_easy_setopt(easy, CURLOPT_PATH_AS_IS, 1L);
+    curl_easy_setopt(easy, CURLOPT_NOSIGNAL, 1L);
+    curl_easy_setopt(easy, CURLOPT_HTTP_VERSION, static_cast<long>(CURL_HTTP_VERSION_1_1));
+    curl_easy_setopt(easy, CURLOPT_USERAGENT, "remote-ops/0.1");
+    curl_easy_setopt(easy, CURLOPT_HTTPHEADER, call->headers);
+    curl_easy_setopt(easy, CURLOPT_TIMEOUT_MS, Milliseconds(attempt));
+    curl_easy_setopt(easy, CURLOPT_CONNECTTIMEOUT_MS, Milliseconds(connect));
+    curl_easy_setopt(easy, CURLOPT_MAXAGE_CONN, 60L);
+    curl_easy_setopt(easy, CURLOPT_BUFFERSIZE, kReceiveBytes);
+    curl_easy_setopt(easy, CURLOPT_UPLOAD_BUFFERSIZE, kUploadBytes);
+    curl_easy_setopt(easy, CURLOPT_ERRORBUFFER, call->curl_error);
+    curl_easy_setopt(easy, CURLOPT_POST, 1L);
+    curl_easy_setopt(easy, CURLOPT_POSTFIELDSIZE_LARGE, static_cast<curl_off_t>(call->body_bytes));
+    curl_easy_setopt(easy, CURLOPT_READFUNCTION, GiveBody);
+    curl_easy_setopt(easy, CURLOPT_READDATA, call);
+    curl_easy_setopt(easy, CURLOPT_SEEKFUNCTION, Rewind);
+    curl_easy_setopt(easy, CURLOPT_SEEKDATA, call);
+    curl_easy_setopt(easy, CURLOPT_WRITEFUNCTION, TakeBody);
+    curl_easy_setopt(easy, CURLOPT_WRITEDATA, call);
+    if (!url.unix_path.empty()) {
+      curl_easy_setopt(easy, CURLOPT_OPENSOCKETFUNCTION, OpenUnix);
+      curl_easy_setopt(easy, CURLOPT_OPENSOCKETDATA, call);
+      curl_easy_setopt(easy, CURLOPT_SOCKOPTFUNCTION, IsConnected);
+      call->resolved = curl_slist_append(nullptr, (url.host + ":80:127.0.0.1").c_str());
+      curl_easy_setopt(easy, CURLOPT_RESOLVE, call->resolved);
+    }
+    SetTls(easy, call->target->tls);
+  }
+
+  static void SetTls(CURL* easy, const Tls& tls) {
+    static const std::string trusted = TrustedFile();
+    const std::string& ca = tls.ca.empty() ? trusted : tls.ca;
+    if (!ca.empty()) curl_easy_setopt(easy, CURLOPT_CAINFO, ca.c_str());
+    if (!tls.cert.empty()) curl_easy_setopt(easy, CURLOPT_SSLCERT, tls.cert.c_str());
+    if (!tls.cert.empty()) curl_easy_setopt(easy, CURLOPT_SSLKEY, (tls.key.empty() ? tls.cert : tls.key).c_str());
+    std::string password, missing;
+    if (!tls.password.empty() && Resolve(tls.password, &password, &missing)) {
+      curl_easy_setopt(easy, CURLOPT_KEYPASSWD, password.c_str());
+    }
+    curl_easy_setopt(easy, CURLOPT_SSL_VERIFYPEER, tls.verify ? 1L : 0L);
+    curl_easy_setopt(easy, CURLOPT_SSL_VERIFYHOST, tls.verify ? 2L : 0L);
+  }
+
+  // Takes in one transfer that has ended; false if there is none.
+  bool Reap() {
+    int left = 0;
+    const CURLMsg* message = curl_multi_info_read(multi_, &left);
+    if (message == nullptr) return false;
+    const CURLcode code = message->data.result;
+    const std::shared_ptr<Call> call = running_.at(message->easy_handle);
+    const Failure failure = code == CURLE_OK ? Judge(call.get()) : OfCurl(*call, code);
+    const double wait = failure.retryable ? RetryAfter(*call) : -1;
+    if (wait < 0) {
+      End(call, failure);
+    } else {
+      Release(call.get());
+      call->next = Clock::now() + Length(wait);
+      waiting_.emplace(call->next, call);
+    }
+    return true;
+  }
+
+  // Seconds until the next attempt, with full jitter; -1 if there is none.
+  double RetryAfter(const Call& call) {
+    if (call.attempt >= call.attempts) return -1;
+    const double longest = std::min(kMaxWaitS, kBaseWaitS * std::exp2(call.attempt - 1));
+    const double wait = std::uniform_real_distribution<double>(0, longest)(random_);
+    return Clock::now() + Length(wait) < call.deadline ? wait : -1;
+  }
+
+  void End(const std::shared_ptr<Call>& call, Failure failure) {
+    Release(call.get());
+    call->over = true;
+    call->failure = std::move(failure);
+    --load;
+    call->done();
+  }
+
+  // Gives the handle of an attempt back; its connection is kept only if the transfer has ended.
+  void Release(Call* call) {
+    if (call->easy == nullptr) return;
+    if (running_.erase(call->easy)) curl_multi_remove_handle(multi_, call->easy);
+    curl_easy_reset(call->easy);
+    spare_.push_back(call->easy);
+    call->easy = nullptr;
+    curl_slist_free_all(call->headers);
+    curl_slist_free_all(call->resolved);
+    call->headers = call->resolved = nullptr;
+  }
+
+  CURLM* const multi_;
+  std::mutex mutex_;
+  std::vector<std::shared_ptr<Call>> started_, given_up_;
+  std::multimap<Instant, std::shared_ptr<Call>> waiting_;
+  std::unordered_map<CURL*, std::shared_ptr<Call>> running_;
+  std::vector<CURL*> spare_;
+  std::minstd_rand random_{std::random_device{}()};
+};
+
+namespace {
+
+// The loops of this process; never destroyed, since their threads never end. A forked child makes its own.
+struct Loops {
+  std::mutex mutex;
+  std::vector<std::unique_ptr<Loop>> loops;
+
+  static Loops& Mine() {
+    static std::atomic<Loops*> mine{nullptr};
+    static std::atomic<pid_t> owner{0};
+    static std::once_flag once;
+    std::call_once(once, [] { curl_global_init(CURL_GLOBAL_DEFAULT); });
+    const pid_t pid = getpid();
+    Loops* found = mine.load();
+    if (found != nullptr && owner.load() == pid) return *found;
+    Loops* made = new Loops;
+    if (mine.compare_exchange_strong(found, made)) {
+      owner.store(pid);
+      return *made;
+    }
+    delete made;
+    return *mine.load();
+  }
+
+  // The first that has nothing to do, so that calls one after the other share a connection; else the least busy.
+  Loop* Pick() {
+    std::lock_guard<std::mutex> lock(mutex);
+    Loop* best = nullptr;
+    for (auto& loop : loops) {
+      if (best == nullptr || loop->load < best->load) best = loop.get();
+    }
+    if ((best == nullptr || best->load > 0) && loops.size() < kLoops) {
+      loops.push_back(std::make_unique<Loop>());
+      best = loops.back().get();
+    }
+    ++best->load;
+    return best;
+  }
+};
+
+}  // namespace
+
+void Begin(Call* call) {
+  static std::atomic<unsigned> turns{0};
+  call->turn = turns++;
+  call->started = call->next = Clock::now();
+  call->deadline = call->started + Length(call->timeout_s);
+  // Nobody need ask an empty piece for bytes.
+  auto& pieces = call->pieces;
+  pieces.erase(std::remove_if(pieces.begin(), pieces.end(), [](std::string_view piece) { return piece.empty(); }), pieces.end());
+  for (std::string_view piece : pieces) call->body_bytes += piece.size();
+  call->loop = Loops::Mine().Pick();
+}
+
+void Start(std::shared_ptr<Call> call) {
+  Loop* loop = call->loop;
+  loop->Put(std::move(call), false);
+}
+
+void Drop(Call* call) { --call->loop->load; }
+
+void Cancel(const std::shared_ptr<Call>& call) { call->loop->Put(call, true); }
+
+// --------------------------------------------------------------------------- URLs
+
+Url Url::Parse(const std::string& full) {
+  Url url;
+  const size_t query = full.find('?');
+  url.text = full.substr(0, query) + (query == std::string::npos ? "" : "?...");
+  for (unsigned char c : full) {
+    if (c <= 32 || c >= 127) throw std::invalid_argument("a URL with a space, a control character or one beyond ASCII");
+  }
+  const size_t mark = full.find("://");
+  const std::string scheme = full.substr(0, mark == std::string::npos ? 0 : mark);
+  if (scheme != "http" && scheme != "https" && scheme != "http+unix") {
+    throw std::invalid_argument("no URL of a model: expected http://, https:// or http+unix://, got '" + url.text + "'");
+  }
+  const size_t start = mark + 3, end = std::min(full.find_first_of("/?#", start), full.size());
+  const std::string place = full.substr(start, end - start);
+  if (place.find('@') != std::string::npos) throw std::invalid_argument("a URL with a user name or password");
+  if (place.empty()) throw std::invalid_argument("a URL without a host: '" + url.text + "'");
+  if (scheme != "http+unix") {
+    url.curl = full;
+    return url;
+  }
+  for (size_t i = 0; i < place.size(); ++i) {
+    if (place[i] == '%' && i + 2 < place.size() && std::isxdigit((unsigned char)place[i + 1]) && std::isxdigit((unsigned char)place[i + 2])) {
+      url.unix_path.push_back(static_cast<char>(std::stoi(place.substr(i + 1, 2), nullptr, 16)));
+      i += 2;
+    } else {
+      url.unix_path.push_back(place[i]);
+    }
+  }
+  if (url.unix_path.empty() || url.unix_path[0] != '/' || url.unix_path.find('\0') != std::string::npos) {
+    throw std::invalid_argument("expected http+unix://%2Fpath.sock/model, got '" + url.text + "'");
+  }
+  // A made-up host for each socket, so that curl does not take the connection to one for that to another.
+  char host[48];
+  std::snprintf(host, sizeof host, "unix-%zx.invalid", std::hash<std::string>{}(url.unix_path));
+  url.host = host;
+  const std::string target = full.substr(end);
+  url.curl = "http://" + url.host + (target.empty() || target[0] != '/' ? "/" : "") + target;
+  return url;
+}
+
+}  // namespace remote_ops

@@ -1,0 +1,159 @@
+// Carries one call and its answer between here and its URLs, over kept connections, on threads of its own.
+//
+// A `Loop` is one thread with one curl multi handle; all that a `Call` changes while it is under way, only that thread
+// changes. It knows GraphPipe's errors, because they say whether to try again, and nothing of TensorFlow.
+
+#ifndef REMOTE_OPS_HTTP_H_
+#define REMOTE_OPS_HTTP_H_
+
+#include <curl/curl.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <functional>
+#include <list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "graphpipe.h"
+
+namespace remote_ops {
+
+using Clock = std::chrono::steady_clock;
+using Instant = Clock::time_point;
+
+// The canonical codes of gRPC, which TensorFlow shares.
+enum Code : int {
+  kOk = 0,
+  kCancelled = 1,
+  kUnknown = 2,
+  kInvalidArgument = 3,
+  kDeadlineExceeded = 4,
+  kNotFound = 5,
+  kPermissionDenied = 7,
+  kResourceExhausted = 8,
+  kUnimplemented = 12,
+  kInternal = 13,
+  kUnavailable = 14,
+  kUnauthenticated = 16,
+};
+
+// Why a call failed.
+struct Failure {
+  Code code = kOk;
+  std::string message;
+  bool retryable = false;
+};
+
+inline Failure Passing(Code code, std::string message) { return {code, std::move(message), true}; }
+inline Failure Final(Code code, std::string message) { return {code, std::move(message), false}; }
+
+// Where a request goes. `text` is for messages: a query, which may hold a secret, is left out of it.
+struct Url {
+  std::string text;
+  std::string curl;       // what curl is given
+  std::string unix_path;  // empty for all but http+unix
+  std::string host;
+  int port = 0;
+
+  // Throws std::invalid_argument.
+  static Url Parse(const std::string& full);
+};
+
+struct Tls {
+  std::string ca, cert, key, password;
+  bool verify = true;
+};
+
+// What all calls of one client share.
+struct Target {
+  std::vector<Url> urls;
+  std::vector<std::pair<std::string, std::string>> headers;  // values may name environment variables as ${NAME}
+  Tls tls;
+};
+
+// Bytes that grow without being cleared first.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(Buffer&& other) noexcept { *this = std::move(other); }
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    std::swap(room_, other.room_);
+    return *this;
+  }
+  ~Buffer() { std::free(data_); }
+
+  bool Reserve(size_t room) {
+    if (room <= room_) return true;
+    char* grown = static_cast<char*>(std::realloc(data_, room));
+    if (grown == nullptr) return false;
+    data_ = grown;
+    room_ = room;
+    return true;
+  }
+  bool Append(const char* from, size_t size) {
+    if (size > room_ - size_ && !Reserve(std::max(size_ + size, 2 * room_))) return false;
+    if (size) std::memcpy(data_ + size_, from, size);
+    size_ += size;
+    return true;
+  }
+  void Clear() { size_ = 0; }
+  std::string_view view() const { return {data_, size_}; }
+
+ private:
+  char* data_ = nullptr;
+  size_t size_ = 0, room_ = 0;
+};
+
+class Loop;
+
+// One call. Set the first group before `Begin`; read the second once `done` is called, which happens exactly once, on
+// the loop's thread.
+struct Call {
+  std::shared_ptr<const Target> target;
+  std::vector<std::string_view> pieces;  // the request's body, in order
+  double timeout_s = 30, connect_timeout_s = 0, attempt_timeout_s = 0;  // 0: only the first holds
+  int attempts = 3;
+  std::function<void()> done;
+
+  Failure failure;
+  Buffer body;
+  graphpipe::Response response;  // views `body`
+
+  // The loop's own.
+  Loop* loop = nullptr;
+  unsigned turn = 0;
+  int attempt = 0;
+  Instant started, deadline, sent, next;
+  bool over = false;
+  CURL* easy = nullptr;
+  curl_slist* headers = nullptr;
+  curl_slist* resolved = nullptr;
+  uint64_t body_bytes = 0;
+  size_t piece = 0, offset = 0;
+  bool too_large = false;
+  char curl_error[CURL_ERROR_SIZE] = {};
+  const Url& url() const { return target->urls[(turn + attempt - 1) % target->urls.size()]; }
+};
+
+// The life of a call: `Begin` starts its clock and gives it a loop; then `Start` hands it over, or `Drop` lets it be.
+void Begin(Call* call);
+void Start(std::shared_ptr<Call> call);
+void Drop(Call* call);
+
+// Gives a call up that was begun: it ends as cancelled, unless it has ended already.
+void Cancel(const std::shared_ptr<Call>& call);
+
+}  // namespace remote_ops
+
+#endif  // REMOTE_OPS_HTTP_H_

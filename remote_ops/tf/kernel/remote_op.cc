@@ -1,0 +1,386 @@
+// The ops: a model at a URL as one node of a TensorFlow graph.
+//
+//   RemoteOpsClient()                     -> client       who is called: URLs, names of headers, whom https trusts
+//   RemoteOpsInfer(client, inputs)        -> outputs      one call; TensorFlow may drop it if nobody uses its outputs
+//   RemoteOpsInferOrdered(client, inputs) -> outputs      the same; TensorFlow keeps it
+//
+// TensorFlow runs ops with the same client one after the other, and side by side those that have different ones: each
+// call site makes its own. A client costs nothing; connections belong to the process.
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "tensorflow/core/framework/common_shape_fns.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/resource_base.h"
+#include "tensorflow/core/framework/resource_handle.h"
+#include "tensorflow/core/framework/shape_inference.h"
+#include "tensorflow/core/framework/types.h"
+
+#include "http.h"
+
+namespace remote_ops {
+namespace {
+
+namespace tf = tensorflow;
+
+absl::Status StatusOf(int code, const std::string& message) {
+  return absl::Status(static_cast<absl::StatusCode>(code), message);
+}
+
+// --------------------------------------------------------------------------- dtypes
+
+// The number on the wire; what the enum lacks travels as an unsigned integer of the same size. 0: no form on the wire.
+uint8_t WireType(tf::DataType dtype) {
+  switch (dtype) {
+    case tf::DT_UINT8: return 1;
+    case tf::DT_INT8: return 2;
+    case tf::DT_UINT16: return 3;
+    case tf::DT_INT16: return 4;
+    case tf::DT_UINT32: return 5;
+    case tf::DT_INT32: return 6;
+    case tf::DT_UINT64: return 7;
+    case tf::DT_INT64: return 8;
+    case tf::DT_HALF: return 9;
+    case tf::DT_FLOAT: return 10;
+    case tf::DT_DOUBLE: return 11;
+    case tf::DT_STRING: return graphpipe::kString;
+    case tf::DT_BFLOAT16: return 3;
+    case tf::DT_BOOL:
+    case tf::DT_FLOAT8_E5M2:
+    case tf::DT_FLOAT8_E4M3FN:
+    case tf::DT_FLOAT8_E4M3FNUZ:
+    case tf::DT_FLOAT8_E4M3B11FNUZ:
+    case tf::DT_FLOAT8_E5M2FNUZ: return 1;
+    default: return 0;
+  }
+}
+
+const char* WireName(uint8_t type) {
+  static const char* const names[] = {"null",  "uint8",  "int8",  "uint16",  "int16",   "uint32", "int32",
+                                      "uint64", "int64", "float16", "float32", "float64", "string"};
+  return names[type];
+}
+
+std::string NameOf(tf::DataType dtype) {
+  if (dtype == tf::DT_FLOAT) return "float32";
+  if (dtype == tf::DT_DOUBLE) return "float64";
+  if (dtype == tf::DT_HALF) return "float16";
+  return tf::DataTypeString(dtype);
+}
+
+std::string SpecText(tf::DataType dtype, const tf::PartialTensorShape& shape) {
+  if (shape.unknown_rank()) return NameOf(dtype) + " of any shape";
+  std::vector<int64_t> sizes;
+  for (int i = 0; i < shape.dims(); ++i) sizes.push_back(shape.dim_size(i));
+  return NameOf(dtype) + " " + graphpipe::ShapeText(sizes);
+}
+
+// float32 stands in for what 2018 peers do not have.
+template <typename T>
+void CastInto(std::string_view data, tf::Tensor* out) {
+  T* into = out->flat<T>().data();
+  for (size_t i = 0; i < data.size() / 4; ++i) {
+    float value;
+    std::memcpy(&value, data.data() + 4 * i, 4);
+    into[i] = static_cast<T>(value);
+  }
+}
+
+bool CastFromFloat(std::string_view data, tf::Tensor* out) {
+  switch (out->dtype()) {
+    case tf::DT_BFLOAT16: CastInto<tf::bfloat16>(data, out); return true;
+    case tf::DT_FLOAT8_E5M2: CastInto<tf::float8_e5m2>(data, out); return true;
+    case tf::DT_FLOAT8_E4M3FN: CastInto<tf::float8_e4m3fn>(data, out); return true;
+    case tf::DT_FLOAT8_E4M3FNUZ: CastInto<tf::float8_e4m3fnuz>(data, out); return true;
+    case tf::DT_FLOAT8_E4M3B11FNUZ: CastInto<tf::float8_e4m3b11fnuz>(data, out); return true;
+    case tf::DT_FLOAT8_E5M2FNUZ: CastInto<tf::float8_e5m2fnuz>(data, out); return true;
+    default: return false;
+  }
+}
+
+bool MayBeFloat(tf::DataType dtype) {
+  return dtype == tf::DT_BFLOAT16 || (WireType(dtype) == 1 && dtype != tf::DT_BOOL && dtype != tf::DT_UINT8);
+}
+
+// --------------------------------------------------------------------------- the client
+
+class Client : public tf::ResourceBase {
+ public:
+  explicit Client(Target target) : target(std::make_shared<const Target>(std::move(target))) {}
+  std::string DebugString() const override { return "remote_ops client of " + target->urls[0].text; }
+  const std::shared_ptr<const Target> target;
+};
+
+class ClientOp : public tf::OpKernel {
+ public:
+  explicit ClientOp(tf::OpKernelConstruction* ctx) : tf::OpKernel(ctx) {
+    Target target;
+    std::vector<std::string> urls, names, values;
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("urls", &urls));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("header_names", &names));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("header_values", &values));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("ca", &target.tls.ca));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("cert", &target.tls.cert));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("key", &target.tls.key));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("key_password", &target.tls.password));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("verify", &target.tls.verify));
+    OP_REQUIRES(ctx, names.size() == values.size(), StatusOf(kInvalidArgument, "as many header_values as header_names"));
+    for (size_t i = 0; i < names.size(); ++i) {
+      const bool plain = !names[i].empty() && names[i].find_first_of("\r\n: \t") == std::string::npos;
+      OP_REQUIRES(ctx, plain, StatusOf(kInvalidArgument, "no header of this name can be set: '" + names[i] + "'"));
+      target.headers.emplace_back(names[i], values[i]);
+    }
+    try {
+      for (const std::string& url : urls) target.urls.push_back(Url::Parse(url));
+    } catch (const std::invalid_argument& error) {
+      ctx->CtxFailure(StatusOf(kInvalidArgument, error.what()));
+      return;
+    }
+    client_.reset(new Client(std::move(target)));
+  }
+
+  void Compute(tf::OpKernelContext* ctx) override {
+    tf::Tensor* out = nullptr;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, {}, &out));
+    client_->Ref();  // which the handle takes over
+    out->scalar<tf::ResourceHandle>()() = tf::ResourceHandle::MakeRefCountingHandle(client_.get(), ctx->device()->name());
+  }
+
+ private:
+  tf::core::RefCountPtr<Client> client_;
+};
+
+// --------------------------------------------------------------------------- the call
+
+// A call, and what of TensorFlow it holds on to.
+struct Job : Call {
+  std::vector<tf::Tensor> inputs;
+  std::vector<std::string> heads, blobs;
+};
+
+class InferOp : public tf::AsyncOpKernel {
+ public:
+  explicit InferOp(tf::OpKernelConstruction* ctx) : tf::AsyncOpKernel(ctx) {
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("input_names", &input_names_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("output_names", &output_names_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("output_types", &output_types_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("output_shapes", &output_shapes_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("config", &config_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("timeout_s", &timeout_s_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("connect_timeout_s", &connect_timeout_s_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("attempt_timeout_s", &attempt_timeout_s_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("retries", &retries_));
+    OP_REQUIRES(ctx, input_names_.empty() || static_cast<int>(input_names_.size()) == ctx->num_inputs() - 1,
+                StatusOf(kInvalidArgument, "expected as many input_names as inputs, or none"));
+    OP_REQUIRES(ctx, output_shapes_.size() == output_types_.size(),
+                StatusOf(kInvalidArgument, "expected as many output_shapes as output_types"));
+    OP_REQUIRES(ctx, output_names_.empty() || output_names_.size() == output_types_.size(),
+                StatusOf(kInvalidArgument, "expected as many output_names as output_types, or none"));
+    OP_REQUIRES(ctx, timeout_s_ > 0, StatusOf(kInvalidArgument, "timeout_s: expected a number above 0"));
+    for (int i = 1; i < ctx->num_inputs(); ++i) CheckType(ctx, "input", NameAt(input_names_, i - 1), ctx->input_type(i));
+    for (size_t i = 0; i < output_types_.size(); ++i) CheckType(ctx, "output", NameAt(output_names_, i), output_types_[i]);
+  }
+
+  void ComputeAsync(tf::OpKernelContext* ctx, DoneCallback done) override {
+    auto job = std::make_shared<Job>();
+    const absl::Status status = Prepare(ctx, job.get());
+    if (!status.ok()) {
+      ctx->SetStatus(status);
+      return done();
+    }
+    tf::CancellationManager* cancellation = ctx->cancellation_manager();
+    const auto token = cancellation ? cancellation->get_cancellation_token() : tf::CancellationToken{};
+    auto* workers = ctx->device()->tensorflow_cpu_worker_threads()->workers;
+    // What is called holds the job by a bare pointer: the loop keeps it until it has called it.
+    job->done = [this, ctx, done, cancellation, token, workers, weak = std::weak_ptr<Job>(job)] {
+      workers->Schedule([this, ctx, done, cancellation, token, job = weak.lock()] {
+        if (cancellation) cancellation->DeregisterCallback(token);
+        if (job->failure.code == kOk) {
+          ctx->SetStatus(Outputs(ctx, *job));
+        } else {
+          ctx->SetStatus(StatusOf(job->failure.code, job->failure.message));
+        }
+        done();
+      });
+    };
+    Call* call = job.get();
+    std::shared_ptr<Call> shared = job;
+    Begin(call);
+    if (cancellation && !cancellation->RegisterCallback(token, [shared] { Cancel(shared); })) {
+      ctx->SetStatus(StatusOf(kCancelled, "the call to " + job->target->urls[0].text + " was cancelled"));
+      Drop(call);
+      return done();
+    }
+    Start(std::move(shared));
+  }
+
+ private:
+  static std::string NameAt(const std::vector<std::string>& names, size_t i) {
+    return names.empty() ? std::to_string(i) : names[i];
+  }
+
+  static void CheckType(tf::OpKernelConstruction* ctx, const char* kind, const std::string& name, tf::DataType dtype) {
+    OP_REQUIRES(ctx, WireType(dtype) != 0,
+                StatusOf(kInvalidArgument, std::string(kind) + " '" + name + "' is " + NameOf(dtype) + ", which has no form on the wire"));
+  }
+
+  absl::Status Prepare(tf::OpKernelContext* ctx, Job* job) {
+    auto client = ctx->input(0).scalar<tf::ResourceHandle>()().GetResource<Client>();
+    if (!client.ok()) return client.status();
+    job->target = (*client)->target;
+    job->timeout_s = timeout_s_;
+    job->connect_timeout_s = connect_timeout_s_;
+    job->attempt_timeout_s = attempt_timeout_s_;
+    job->attempts = 1 + std::max(0, retries_);
+    if (ctx->deadline()) job->timeout_s = std::min(job->timeout_s, absl::ToDoubleSeconds(*ctx->deadline() - absl::Now()));
+    try {
+      Encode(ctx, job);
+    } catch (const std::length_error& error) {
+      return StatusOf(kInvalidArgument, error.what());
+    }
+    return {};
+  }
+
+  void Encode(tf::OpKernelContext* ctx, Job* job) {
+    std::vector<graphpipe::Outgoing> tensors;
+    job->blobs.reserve(ctx->num_inputs());
+    for (int i = 1; i < ctx->num_inputs(); ++i) {
+      const tf::Tensor& input = ctx->input(i);
+      job->inputs.push_back(input);
+      graphpipe::Outgoing tensor;
+      tensor.type = WireType(input.dtype());
+      for (int axis = 0; axis < input.dims(); ++axis) tensor.shape.push_back(input.dim_size(axis));
+      if (input.dtype() == tf::DT_STRING) {
+        const auto items = input.flat<tf::tstring>();
+        job->blobs.push_back(graphpipe::StringBlob(items.data(), static_cast<size_t>(items.size())));
+        tensor.data = job->blobs.back();
+      } else {
+        tensor.data = {static_cast<const char*>(input.data()), static_cast<size_t>(input.NumElements()) * tf::DataTypeSize(input.dtype())};
+      }
+      tensors.push_back(std::move(tensor));
+    }
+    job->heads = graphpipe::EncodeRequest(config_, input_names_, tensors, output_names_);
+    for (size_t i = 0; i < job->heads.size(); ++i) {
+      job->pieces.push_back(job->heads[i]);
+      if (i < tensors.size()) job->pieces.push_back(tensors[i].data);
+    }
+  }
+
+  // Checks the answer against what was asked for, and copies it out.
+  absl::Status Outputs(tf::OpKernelContext* ctx, const Job& job) {
+    const std::string from = " - from " + job.url().text;
+    const auto& tensors = job.response.tensors;
+    if (tensors.size() != output_types_.size()) {
+      return StatusOf(kInternal, "expected " + std::to_string(output_types_.size()) + " outputs, got " +
+                                     std::to_string(tensors.size()) + from);
+    }
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const absl::Status status = Output(ctx, tensors[i], static_cast<int>(i), from);
+      if (!status.ok()) return status;
+    }
+    return {};
+  }
+
+  absl::Status Output(tf::OpKernelContext* ctx, const graphpipe::Incoming& tensor, int i, const std::string& from) {
+    const tf::DataType dtype = output_types_[i];
+    const bool is_cast = tensor.type == 10 && MayBeFloat(dtype);
+    tf::TensorShape shape;
+    const bool fits = (tensor.type == WireType(dtype) || is_cast) && tensor.shape.size() <= tf::TensorShape::MaxDimensions() &&
+                      tf::TensorShape::BuildTensorShape(tensor.shape, &shape).ok() &&
+                      output_shapes_[i].IsCompatibleWith(shape);
+    if (!fits) {
+      return StatusOf(kInternal, "the answer breaks the model's own signature: output '" + NameAt(output_names_, i) +
+                                     "': expected " + SpecText(dtype, output_shapes_[i]) + ", got " + WireName(tensor.type) +
+                                     " " + graphpipe::ShapeText(tensor.shape) + from);
+    }
+    if (dtype == tf::DT_BOOL) {
+      for (unsigned char byte : tensor.data) {
+        if (byte > 1) {
+          return StatusOf(kInternal, "output '" + NameAt(output_names_, i) + "': expected bool, each 0 or 1, got a byte " +
+                                         std::to_string(byte) + from);
+        }
+      }
+    }
+    tf::Tensor* out = nullptr;
+    const absl::Status status = ctx->allocate_output(i, shape, &out);
+    if (!status.ok()) return status;
+    if (dtype == tf::DT_STRING) {
+      auto items = out->flat<tf::tstring>();
+      for (size_t at = 0; at < tensor.strings.size(); ++at) items(at).assign(tensor.strings[at].data(), tensor.strings[at].size());
+    } else if (is_cast) {
+      CastFromFloat(tensor.data, out);
+    } else if (!tensor.data.empty()) {
+      std::memcpy(out->data(), tensor.data.data(), tensor.data.size());
+    }
+    return {};
+  }
+
+  std::vector<std::string> input_names_, output_names_;
+  tf::DataTypeVector output_types_;
+  std::vector<tf::PartialTensorShape> output_shapes_;
+  std::string config_;
+  float timeout_s_ = 30, connect_timeout_s_ = 0, attempt_timeout_s_ = 0;
+  int retries_ = 2;
+};
+
+absl::Status InferShapes(tf::shape_inference::InferenceContext* c) {
+  std::vector<tf::PartialTensorShape> shapes;
+  TF_RETURN_IF_ERROR(c->GetAttr("output_shapes", &shapes));
+  if (static_cast<int>(shapes.size()) != c->num_outputs()) {
+    return StatusOf(kInvalidArgument, "expected as many output_shapes as output_types");
+  }
+  for (int i = 0; i < c->num_outputs(); ++i) {
+    tf::shape_inference::ShapeHandle shape;
+    TF_RETURN_IF_ERROR(c->MakeShapeFromPartialTensorShape(shapes[i], &shape));
+    c->set_output(i, shape);
+  }
+  return {};
+}
+
+REGISTER_OP("RemoteOpsClient")
+    .Output("client: resource")
+    .Attr("urls: list(string) >= 1")
+    .Attr("header_names: list(string) = []")
+    .Attr("header_values: list(string) = []")
+    .Attr("ca: string = ''")
+    .Attr("cert: string = ''")
+    .Attr("key: string = ''")
+    .Attr("key_password: string = ''")
+    .Attr("verify: bool = true")
+    .SetIsStateful()
+    .SetShapeFn(tf::shape_inference::ScalarShape)
+    .Doc("Who is called. Values of headers name environment variables as ${NAME}; they are read at each call.");
+
+#define REMOTE_OPS_INFER(name)                                \
+  REGISTER_OP(name)                                           \
+      .Input("client: resource")                              \
+      .Input("inputs: input_types")                           \
+      .Output("outputs: output_types")                        \
+      .Attr("input_types: list(type) >= 0")                   \
+      .Attr("output_types: list(type) >= 1")                  \
+      .Attr("output_shapes: list(shape)")                     \
+      .Attr("input_names: list(string) = []")                 \
+      .Attr("output_names: list(string) = []")                \
+      .Attr("config: string = ''")                            \
+      .Attr("timeout_s: float = 30")                          \
+      .Attr("connect_timeout_s: float = 0")                   \
+      .Attr("attempt_timeout_s: float = 0")                   \
+      .Attr("retries: int = 2")                               \
+      .SetShapeFn(InferShapes)                                \
+      .Doc("One call of the model that `client` stands for.")
+
+REMOTE_OPS_INFER("RemoteOpsInfer");
+REMOTE_OPS_INFER("RemoteOpsInferOrdered").SetIsStateful();
+
+REGISTER_KERNEL_BUILDER(Name("RemoteOpsClient").Device(tf::DEVICE_CPU), ClientOp);
+REGISTER_KERNEL_BUILDER(Name("RemoteOpsInfer").Device(tf::DEVICE_CPU), InferOp);
+REGISTER_KERNEL_BUILDER(Name("RemoteOpsInferOrdered").Device(tf::DEVICE_CPU), InferOp);
+
+}  // namespace
+}  // namespace remote_ops
