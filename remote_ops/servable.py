@@ -224,16 +224,17 @@ def load(
     """Open a model by its path, its URL or the name of a Python object.
 
     Args:
-        what: `model.onnx`, or `model.pt2`, `.pt`, `.pth` or `.jit` of torch; `https://host/model.onnx`, which is
-            downloaded once and kept; any other http, https or http+unix URL, an endpoint; or `package.module:thing`, a
-            servable, a torch module, or a function without arguments that returns one. Importing a module runs its
-            code.
+        what: `model.onnx`; `model.pt2`, `.pt`, `.pth` or `.jit` of torch; the folder of a SavedModel, `model.pb`,
+            `.keras` or `.h5` of TensorFlow; `https://host/model.onnx`, which is downloaded once and kept; any other
+            http, https or http+unix URL, an endpoint; or `package.module:thing`, a servable, a torch module, or a
+            function without arguments that returns one. Importing a module runs its code.
         sha256: 64 hex digits that a model file must have, or the file of weights; a URL may carry them as
             `#sha256=...`.
         name: how a model file or a torch module names itself, instead of its file name or class.
         device: where it runs: `auto`, `cpu`, `cuda` or `cuda:N`.
         options: for the class that the model becomes, such as `threads=2` for `OnnxModel`, `timeout_s=5.0` for
-            `Endpoint`, `inputs=["x: float32 [-1, 3]"]` or `weights="x.safetensors"` for `TorchModel`.
+            `Endpoint`, `inputs=["x: float32 [-1, 3]"]` or `weights="x.safetensors"` for `TorchModel`, or
+            `signature="predict"` for `TFModel`.
 
     Raises:
         SpecError: nothing is there, it is of no supported kind, the digest differs, or an option is not for this kind.
@@ -254,6 +255,8 @@ def load(
         return _open_object(found["module"], found["thing"], text, only_files, options)
     path = Path(what)
     _require_file(path)
+    if path.is_dir():
+        _refuse(text, "a folder", {"sha256": sha256})
     if sha256 is not None:
         _check_sha256(path, sha256)
     return _open_file(path, name=name, device=device, options=options)
@@ -271,17 +274,26 @@ def _torch_model() -> type[Servable]:
     return TorchModel
 
 
-# The kinds of model file: a new one is a line here and a function above.
+def _tf_model() -> type[Servable]:
+    from remote_ops.tf.model import TFModel
+
+    return TFModel
+
+
+# The kinds of model file: a new one is a line here and a function above. A folder may only be a SavedModel.
+_SAVED_MODEL = "saved_model.pb"
 _KINDS: dict[str, Callable[[], type[Servable]]] = {
     ".onnx": _onnx_model,
     **dict.fromkeys((".pt2", ".pt", ".pth", ".jit"), _torch_model),
+    **dict.fromkeys((".pb", ".keras", ".h5"), _tf_model),
 }
-_SUPPORTED = f"a file ending in {', '.join(_KINDS)}, 'package.module:thing', or a URL"
+_SUPPORTED = f"a file ending in {', '.join(_KINDS)}, a folder with a {_SAVED_MODEL}, 'package.module:thing', or a URL"
 _OBJECT = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<thing>[^\W\d]\w*(\.[^\W\d]\w*)*)")
 
 
 def _open_file(path: Path, *, name: str | None, device: str, options: Mapping[str, Any]) -> Servable:
-    return construct(_KINDS[path.suffix.lower()](), path, {"name": name, "device": device, **options})
+    kind = _tf_model if path.is_dir() else _KINDS[path.suffix.lower()]
+    return construct(kind(), path, {"name": name, "device": device, **options})
 
 
 def _open_object(
@@ -363,8 +375,8 @@ def _require_file(path: Path) -> None:
         close = difflib.get_close_matches(path.name, near, n=1)
         hint = f"did you mean '{path.parent / close[0]}'?" if close else f"expected {_SUPPORTED}"
         raise SpecError(f"no such model '{path}'; {hint}")
-    if path.suffix.lower() not in _KINDS or path.is_dir():
-        kind = "a folder" if path.is_dir() else f"a file ending in '{path.suffix}'"
+    if not (path / _SAVED_MODEL).is_file() if path.is_dir() else path.suffix.lower() not in _KINDS:
+        kind = "a folder without one" if path.is_dir() else f"a file ending in '{path.suffix}'"
         raise SpecError(f"cannot load '{path}': expected {_SUPPORTED}, got {kind}")
 
 

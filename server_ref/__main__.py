@@ -29,15 +29,19 @@ _CAFFE2_TYPES = {
 # The flags that only some models take, and what `load` calls them.
 _OPTIONS = {
     "--threads": "threads", "--profile": "profile", "--dtype": "dtype", "--compile": "compile", "--weights": "weights",
-    "--input": "inputs", "--output": "outputs",
+    "--input": "inputs", "--output": "outputs", "--inputs": "inputs", "--outputs": "outputs",
+    "--signature": "signature",
 }  # fmt: skip
 _OBJECT = "package.module:thing"
+_FOLDER = "a SavedModel"
 _SCRIPT = ("--dtype", "--compile", "--input", "--output")
 _TAKEN = {
     ".onnx": ("--threads", "--profile"),
     ".pt2": ("--dtype", "--compile"),
     **dict.fromkeys((".pt", ".pth", ".jit"), _SCRIPT),
     _OBJECT: (*_SCRIPT, "--weights"),
+    ".pb": ("--inputs", "--outputs"),
+    _FOLDER: ("--inputs", "--outputs", "--signature"),
 }
 
 
@@ -65,11 +69,13 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m server_ref",
         description="Serve models over GraphPipe.",
-        epilog="Variables: GP_MODEL, GP_VALUE_INPUTS, GP_INIT_NET, GP_PREDICT_NET, GP_CACHE, GP_ENGINE_COUNT.",
+        epilog="Variables: GP_MODEL, GP_INPUTS, GP_OUTPUTS, GP_VALUE_INPUTS, GP_INIT_NET, GP_PREDICT_NET, GP_CACHE, "
+        "GP_ENGINE_COUNT.",
     )
     add = parser.add_argument
     add("-m", "--model", action="append", metavar="[NAME=]WHAT",
-        help="a model file, a URL of one, or package.module:thing; repeat for several, each at /NAME")  # fmt: skip
+        help="a model file, a URL of one, the folder of a SavedModel, or package.module:thing; repeat for several, "
+        "each at /NAME")  # fmt: skip
     add("-l", "--listen", default="127.0.0.1:9000", metavar="HOST:PORT",
         help="or unix:/path.sock (default: %(default)s)")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
@@ -80,6 +86,7 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     add("--input", action="append", metavar="SPEC",
         help="what a torch module takes, as 'x: float32 [-1, 1024]'; repeat")  # fmt: skip
     add("--output", action="append", metavar="SPEC", help="what it returns, if a run on zeros cannot tell; repeat")
+    add("--signature", metavar="NAME", help="which signature of a SavedModel (default: serving_default)")
     add("--sha256", help="what a downloaded model must hash to")
     add("--max-body-mb", type=int, default=1024, help="largest request in MiB (default: %(default)s)")
     add("--drain-grace-s", type=float, default=5.0,
@@ -90,6 +97,8 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     add("-V", "--version", action="version", version=f"remote-ops {remote_ops.__version__}")
     old = parser.add_argument_group("flags of the 2018 servers")
     old.add_argument("-d", "--cache-dir", help="where downloaded models are kept")
+    old.add_argument("-i", "--inputs", metavar="NAMES", help="of a TensorFlow graph, with commas between them")
+    old.add_argument("-o", "--outputs", metavar="NAMES", help="the same")
     old.add_argument("--engine-count", type=int, default=_number(env, "GP_ENGINE_COUNT"), help="runs at a time")
     old.add_argument("--disable-cuda", action="store_true", help="the same as --device cpu")
     old.add_argument("--profile", metavar="FILE", help="onnxruntime writes its profile there at exit")
@@ -99,7 +108,8 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     old.add_argument("--predict-net", default=env.get("GP_PREDICT_NET"), help=argparse.SUPPRESS)
     old.add_argument("-c", "--cache", action="store_true", default=env.get("GP_CACHE", "").lower() in ("1", "true"),
                      help="row cache; not in this version, and ignored")  # fmt: skip
-    parser.set_defaults(env_model=env.get("GP_MODEL"))
+    variables = {"--inputs": env.get("GP_INPUTS") or None, "--outputs": env.get("GP_OUTPUTS") or None}
+    parser.set_defaults(env_model=env.get("GP_MODEL"), variables=variables)
     return parser
 
 
@@ -161,6 +171,7 @@ def _split(what: str) -> tuple[str, str]:
 def _options(what: str, args: argparse.Namespace) -> dict[str, Any]:
     """The options, of those that are given, which this model takes."""
     given = {flag: getattr(args, flag.removeprefix("--")) for flag in _taken(what)}
+    given |= {flag: value for flag, value in args.variables.items() if flag in given and given[flag] is None}
     return {_OPTIONS[flag]: value for flag, value in given.items() if value is not None}
 
 
@@ -175,6 +186,8 @@ def _check_options(whats: Sequence[str], args: argparse.Namespace) -> None:
 
 def _taken(what: str) -> tuple[str, ...]:
     plain = what.partition("#")[0].partition("?")[0]
+    if "://" not in plain and Path(plain).is_dir():
+        return _TAKEN[_FOLDER]
     kind = _OBJECT if ":" in plain and "://" not in plain else Path(plain).suffix.lower()
     return _TAKEN.get(kind, ())
 
