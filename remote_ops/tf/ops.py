@@ -121,8 +121,8 @@ class Client:
                 found = _SIGNATURES.setdefault(self, endpoint.signature)
         return found
 
-    def resource(self) -> Tensor:
-        """The resource that stands for it, a new one for each call site."""
+    def handle(self, *, pure: bool) -> Tensor:
+        """What stands for it in a graph, a new one for each call site."""
         tls = self.tls or TLS()
         return load_ops().remote_ops_client(
             urls=list(self.urls),
@@ -133,6 +133,7 @@ class Client:
             key=tls.key or "",
             key_password=tls.password or "",
             verify=tls.verify,
+            kind=tf.variant if pure else tf.resource,
         )
 
 
@@ -181,7 +182,7 @@ def call(
     ops = load_ops()
     infer = ops.remote_ops_infer if pure else ops.remote_ops_infer_ordered
     outputs = infer(
-        client=client.resource(),
+        client=client.handle(pure=pure),
         inputs=list(inputs),
         output_types=list(output_types),
         output_shapes=list(output_shapes),
@@ -220,8 +221,8 @@ def remote_op(
         uri: `http://`, `https://` or `http+unix://%2Fpath.sock/model`; a list of them for replicas.
         inp: a tensor, or what tensorflow makes one of.
         input_name, output_name: the model's first input and first output unless said.
-        output_type, output_shape: what the model's metadata says unless said; sizes may be None. With names, dtype and
-            shape given, the server is not asked for metadata.
+        output_type, output_shape: what the model's metadata says unless said; sizes may be None. With names and dtype
+            given, the server is not asked for metadata, and the shape is unknown unless said.
         config: handed to the model.
         timeout_s: seconds that a call may take in all, retries included.
         headers: sent with every request; a value must name environment variables as `${NAME}`.
@@ -302,14 +303,14 @@ class _Op:
         _same_length("input_names", input_names, values, "inputs")
         _same_length("output_types", types, output_names, "output_names")
         _same_length("output_shapes", shapes, output_names, "output_names")
-        if None in (input_names, output_names, types, shapes):
+        if None in (input_names, output_names, types):
             return cls._by_metadata(client, values, input_names, output_names, types, shapes, config, pure)
         return cls(
             client,
             tuple(TensorSpec(name, "any", None, differentiable=True) for name in input_names or ()),
             tuple(output_names or ()),
             tuple(tf.dtypes.as_dtype(dtype) for dtype in types or ()),
-            tuple(tf.TensorShape(shape) for shape in shapes or ()),
+            tuple(tf.TensorShape(shape) for shape in shapes or [None] * len(types or ())),
             config,
             pure,
             False,

@@ -4,8 +4,10 @@
 //   RemoteOpsInfer(client, inputs)        -> outputs      one call; TensorFlow may drop it if nobody uses its outputs
 //   RemoteOpsInferOrdered(client, inputs) -> outputs      the same; TensorFlow keeps it
 //
-// TensorFlow runs ops with the same client one after the other, and side by side those that have different ones: each
-// call site makes its own. A client costs nothing; connections belong to the process.
+// TensorFlow runs stateful ops with the same client one after the other, and side by side those that have different
+// ones: each call site makes its own. A client costs nothing; connections belong to the process. Whatever takes a
+// resource is stateful to TensorFlow, and is kept; so what may be dropped takes its client as a variant, which being the
+// output of a stateful op keeps it from being folded as a constant, or merged with another.
 
 #include <algorithm>
 #include <limits>
@@ -21,6 +23,8 @@
 #include "tensorflow/core/framework/resource_handle.h"
 #include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/framework/types.h"
+#include "tensorflow/core/framework/variant.h"
+#include "tensorflow/core/framework/variant_tensor_data.h"
 
 #include "http.h"
 
@@ -117,6 +121,15 @@ class Client : public tf::ResourceBase {
   const std::shared_ptr<const Target> target;
 };
 
+// A client as a value. It does not outlive the process, so there is nothing to encode.
+struct ClientValue {
+  std::shared_ptr<const Target> target;
+  std::string TypeName() const { return "remote_ops::ClientValue"; }
+  void Encode(tf::VariantTensorData*) const {}
+  bool Decode(const tf::VariantTensorData&) { return false; }
+  std::string DebugString() const { return "remote_ops client"; }
+};
+
 class ClientOp : public tf::OpKernel {
  public:
   explicit ClientOp(tf::OpKernelConstruction* ctx) : tf::OpKernel(ctx) {
@@ -130,6 +143,7 @@ class ClientOp : public tf::OpKernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("key", &target.tls.key));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("key_password", &target.tls.password));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("verify", &target.tls.verify));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("kind", &kind_));
     OP_REQUIRES(ctx, names.size() == values.size(), StatusOf(kInvalidArgument, "as many header_values as header_names"));
     for (size_t i = 0; i < names.size(); ++i) {
       const bool plain = !names[i].empty() && names[i].find_first_of("\r\n: \t") == std::string::npos;
@@ -148,11 +162,16 @@ class ClientOp : public tf::OpKernel {
   void Compute(tf::OpKernelContext* ctx) override {
     tf::Tensor* out = nullptr;
     OP_REQUIRES_OK(ctx, ctx->allocate_output(0, {}, &out));
+    if (kind_ == tf::DT_VARIANT) {
+      out->scalar<tf::Variant>()() = ClientValue{client_->target};
+      return;
+    }
     client_->Ref();  // which the handle takes over
     out->scalar<tf::ResourceHandle>()() = tf::ResourceHandle::MakeRefCountingHandle(client_.get(), ctx->device()->name());
   }
 
  private:
+  tf::DataType kind_;
   tf::core::RefCountPtr<Client> client_;
 };
 
@@ -231,9 +250,16 @@ class InferOp : public tf::AsyncOpKernel {
   }
 
   absl::Status Prepare(tf::OpKernelContext* ctx, Job* job) {
-    auto client = ctx->input(0).scalar<tf::ResourceHandle>()().GetResource<Client>();
-    if (!client.ok()) return client.status();
-    job->target = (*client)->target;
+    const tf::Tensor& given = ctx->input(0);
+    if (given.dtype() == tf::DT_VARIANT) {
+      const auto* value = given.scalar<tf::Variant>()().get<ClientValue>();
+      if (value == nullptr) return StatusOf(kInvalidArgument, "client: expected what RemoteOpsClient gives");
+      job->target = value->target;
+    } else {
+      auto client = given.scalar<tf::ResourceHandle>()().GetResource<Client>();
+      if (!client.ok()) return client.status();
+      job->target = (*client)->target;
+    }
     job->timeout_s = timeout_s_;
     job->connect_timeout_s = connect_timeout_s_;
     job->attempt_timeout_s = attempt_timeout_s_;
@@ -344,7 +370,8 @@ absl::Status InferShapes(tf::shape_inference::InferenceContext* c) {
 }
 
 REGISTER_OP("RemoteOpsClient")
-    .Output("client: resource")
+    .Output("client: kind")
+    .Attr("kind: {resource, variant}")
     .Attr("urls: list(string) >= 1")
     .Attr("header_names: list(string) = []")
     .Attr("header_values: list(string) = []")
@@ -357,9 +384,9 @@ REGISTER_OP("RemoteOpsClient")
     .SetShapeFn(tf::shape_inference::ScalarShape)
     .Doc("Who is called. Values of headers name environment variables as ${NAME}; they are read at each call.");
 
-#define REMOTE_OPS_INFER(name)                                \
+#define REMOTE_OPS_INFER(name, kind)                          \
   REGISTER_OP(name)                                           \
-      .Input("client: resource")                              \
+      .Input("client: " kind)                                 \
       .Input("inputs: input_types")                           \
       .Output("outputs: output_types")                        \
       .Attr("input_types: list(type) >= 0")                   \
@@ -372,11 +399,13 @@ REGISTER_OP("RemoteOpsClient")
       .Attr("connect_timeout_s: float = 0")                   \
       .Attr("attempt_timeout_s: float = 0")                   \
       .Attr("retries: int = 2")                               \
+      .SetIsDistributedCommunication()                        \
       .SetShapeFn(InferShapes)                                \
       .Doc("One call of the model that `client` stands for.")
 
-REMOTE_OPS_INFER("RemoteOpsInfer");
-REMOTE_OPS_INFER("RemoteOpsInferOrdered").SetIsStateful();
+// Without IsDistributedCommunication the executor would turn an Unavailable of ours into an Internal.
+REMOTE_OPS_INFER("RemoteOpsInfer", "variant");
+REMOTE_OPS_INFER("RemoteOpsInferOrdered", "resource").SetIsStateful();
 
 REGISTER_KERNEL_BUILDER(Name("RemoteOpsClient").Device(tf::DEVICE_CPU), ClientOp);
 REGISTER_KERNEL_BUILDER(Name("RemoteOpsInfer").Device(tf::DEVICE_CPU), InferOp);

@@ -1,0 +1,618 @@
+"""The TensorFlow kernel: right answers, the right error for every fault, in time, side by side, and never twice."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import trustme
+from rawpeer import Conversation, Message, peer, serving, unreachable, until
+from tfpeer import MATRIX, ROOT, echo, mix, python, scaled
+
+import server_ref
+from remote_ops import DecodeError, FunctionServable, Retry, Signature, SignatureError, SpecError, TensorSpec
+from remote_ops.graphpipe import decode_request, encode_error, encode_response
+from remote_ops.url import TLS
+
+tf = pytest.importorskip("tensorflow")
+
+from tensorflow.python.eager import cancellation  # noqa: E402
+
+from remote_ops.tf import op_library, remote_op, remote_op_multi  # noqa: E402
+
+X = np.arange(12, dtype=np.float32).reshape(3, 4) / 7
+ONE = Retry(attempts=1)
+Script = Callable[[Conversation], None]
+
+
+def ask(url: Any, x: Any = X, **options: Any) -> Any:
+    """One call that fetches no metadata: float32 in, float32 out."""
+    return remote_op(url, tf.convert_to_tensor(x), "x", "y", tf.float32, None, **{"timeout_s": 10.0, **options})
+
+
+def answering(*parts: Any) -> Script:
+    """Answer every request with the body and the status given."""
+
+    def script(conversation: Conversation) -> None:
+        while conversation.read() is not None:
+            conversation.answer(*parts)
+
+    return script
+
+
+OK = b"".join(encode_response([X]))
+
+# --------------------------------------------------------------------------- answers
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Callable[[str], str]]:
+    models = {"mix": mix(), "scaled": scaled()}
+    for dtype in ("bool", "bfloat16", "float8_e5m2", "string", "float16", "uint8", "int64", "float64", "uint32"):
+        models[dtype] = echo(dtype)
+    with server_ref.running(models) as base:
+        yield lambda name: f"{base}{name}"
+
+
+def test_a_call_gives_what_the_model_gives_in_eager_mode_and_in_a_function(served: Callable[[str], str]) -> None:
+    @tf.function
+    def function(x: Any) -> Any:
+        return remote_op(served("mix"), x)
+
+    for call in (lambda x: remote_op(served("mix"), x), function):
+        np.testing.assert_allclose(call(tf.constant(X)), np.sin(X) @ MATRIX, rtol=1e-6)
+    shape = function.get_concrete_function(tf.TensorSpec((None, 4))).output_shapes
+    assert shape.as_list() == [None, 4]
+
+
+def test_several_inputs_and_outputs_go_by_their_names(served: Callable[[str], str]) -> None:
+    x, w = np.float32([1, 2]), np.float32([5, 7])
+    total, product = remote_op_multi(served("scaled"), [w, x, 3], ["w", "x", "n"], ["total", "product"])
+    assert total.numpy().tolist() == [6, 9]
+    assert product.numpy().tolist() == [3, 6]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        tf.constant([True, False]),
+        tf.cast([1.5, -2.0], tf.bfloat16),
+        tf.cast([1.5, -2.0], tf.dtypes.experimental.float8_e5m2),
+        tf.constant([b"a\0b", b"", b"\0", b"x" * 1000, "größe".encode()]),
+        tf.constant([], tf.string),
+        tf.constant([1.5, np.nan], tf.float16),
+        tf.constant([0, 255], tf.uint8),
+        tf.constant([-(2**63), 2**63 - 1]),
+        tf.constant([], tf.float64),
+        tf.constant([2**32 - 1], tf.uint32),
+    ],
+    ids=lambda value: value.dtype.name,
+)
+def test_every_kind_of_tensor_comes_back_as_it_went(served: Callable[[str], str], value: Any) -> None:
+    got = remote_op(served(value.dtype.name), value)
+    assert got.dtype == value.dtype
+    assert got.numpy().tobytes() == value.numpy().tobytes() if value.dtype != tf.string else True
+    assert got.numpy().tolist() == value.numpy().tolist() or value.dtype == tf.float16
+
+
+def test_float32_stands_in_for_bfloat16_where_an_old_peer_has_none() -> None:
+    with peer(answering(b"".join(encode_response([np.float32([1.5, 2.5])])))) as old:
+        got = remote_op(old.url, X, "x", "y", tf.bfloat16, [2])
+    assert got.dtype == tf.bfloat16
+    assert tf.cast(got, tf.float32).numpy().tolist() == [1.5, 2.5]
+
+
+def test_the_request_is_the_one_that_graphpipe_reads() -> None:
+    seen: list[Message] = []
+
+    def script(conversation: Conversation) -> None:
+        while (request := conversation.read()) is not None:
+            seen.append(request)
+            conversation.answer(OK)
+
+    with peer(script) as server:
+        remote_op_multi(
+            f"{server.url}/a%20b?key=1", [X, np.int64(3), tf.constant(["a\0"])], ["x", "n", "s"], ["y"],
+            [tf.float32], [[3, 4]], b"cfg\0",
+        )  # fmt: skip
+    request = decode_request(seen[0].body)
+    assert request.config == b"cfg\0"  # type: ignore[union-attr]
+    assert request.input_names == ("x", "n", "s")  # type: ignore[union-attr]
+    assert [tensor.tolist() for tensor in request.tensors] == [X.tolist(), 3, [b"a\0"]]  # type: ignore[union-attr]
+    assert seen[0].first_line == "POST /m/a%20b?key=1 HTTP/1.1"
+    assert seen[0].headers["content-type"] == "application/octet-stream"
+    assert 9_000 < int(seen[0].headers["x-request-timeout-ms"]) <= 30_000
+    assert "expect" not in seen[0].headers
+
+
+def test_a_thousand_calls_in_a_row_share_a_connection() -> None:
+    with peer(answering(OK)) as server:
+        for _ in range(1000):
+            ask(server.url)
+        assert server.connections <= 2
+
+
+def test_complex_numbers_are_refused_by_name() -> None:
+    with pytest.raises(tf.errors.InvalidArgumentError, match="input 'x' is complex64, which has no form on the wire"):
+        ask("http://127.0.0.1:1/m", tf.complex(X, X))
+
+
+def test_a_misfit_is_refused_before_anything_is_sent(served: Callable[[str], str]) -> None:
+    with pytest.raises(SignatureError, match=r"input 'x': expected float32 \[-1, 4\], got float64 \(3, 4\)"):
+        remote_op(served("mix"), tf.constant(X, tf.float64))
+    with pytest.raises(SignatureError, match="no input 'z'"):
+        remote_op(served("mix"), X, "z")
+    with pytest.raises(SignatureError, match="no output 'z'"):
+        remote_op(served("mix"), X, output_name="z")
+    with pytest.raises(SignatureError, match=r"missing 'n' \(int64 \[\]\), 'w'"):
+        remote_op(served("scaled"), X[0])
+
+
+# --------------------------------------------------------------------------- gradients
+
+
+def test_gradients_come_over_the_wire_in_eager_mode_and_in_a_function(served: Callable[[str], str]) -> None:
+    def loss(x: Any) -> Any:
+        return tf.reduce_sum(remote_op(served("mix"), x) ** 2)
+
+    expected = (2 * (np.sin(X) @ MATRIX)) @ MATRIX.T * np.cos(X)
+    for call in (loss, tf.function(loss)):
+        x = tf.constant(X)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = call(x)
+        np.testing.assert_allclose(tape.gradient(value, x), expected, rtol=1e-5)
+
+
+def test_a_whole_number_has_no_gradient_and_an_unused_output_counts_as_zero(served: Callable[[str], str]) -> None:
+    x, n, w = tf.constant([1.0, 2.0]), tf.constant(3, tf.int64), tf.constant([5.0, 7.0])
+    with tf.GradientTape() as tape:
+        tape.watch([x, w])
+        product, _ = remote_op_multi(served("scaled"), [x, n, w])
+    gradients = tape.gradient(product, [x, n, w])
+    assert gradients[0].numpy().tolist() == [3, 3]
+    assert gradients[1] is None
+    assert gradients[2].numpy().tolist() == [0, 0]
+
+
+def test_a_model_without_gradients_says_so() -> None:
+    plain = FunctionServable(lambda x: x, [TensorSpec("x", "float32", (-1,))], [TensorSpec("y", "float32", (-1,))])
+    with server_ref.running({"plain": plain}) as url, tf.GradientTape() as tape:
+        x = tf.constant([1.0])
+        tape.watch(x)
+        y = remote_op(url, x)
+        with pytest.raises(tf.errors.UnimplementedError, match="gives no gradient"):
+            tape.gradient(y, x)
+
+
+def test_a_second_derivative_is_a_named_error(served: Callable[[str], str]) -> None:
+    x = tf.constant(X)
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with tf.GradientTape() as inner:
+            inner.watch(x)
+            y = remote_op(served("mix"), x)
+        gradient = inner.gradient(y, x)
+    with pytest.raises(Exception, match="no second derivative"):
+        outer.gradient(gradient, x)
+
+
+SAVED = """
+import sys, numpy as np, tensorflow as tf
+tf.load_op_library(sys.argv[1])
+f = tf.saved_model.load(sys.argv[2]).f
+assert not any(name.startswith("remote_ops") for name in sys.modules)
+x = tf.constant(np.load(sys.argv[3]))
+with tf.GradientTape() as tape:
+    tape.watch(x)
+    y = f(x)
+np.savez(sys.argv[4], y=y, dx=tape.gradient(y, x))
+"""
+
+
+def save(url: str, folder: Path, **options: Any) -> None:
+    class Module(tf.Module):  # type: ignore[misc]
+        @tf.function(input_signature=[tf.TensorSpec((None,), tf.float32)])
+        def f(self, x: Any) -> Any:
+            return remote_op_multi(url, [x, tf.constant(3, tf.int64), x], ["x", "n", "w"], ["product"], **options)[0]
+
+    tf.saved_model.save(Module(), str(folder))
+
+
+@pytest.mark.slow
+def test_a_saved_model_infers_and_differentiates_where_only_the_library_is_loaded(
+    served: Callable[[str], str], tmp_path: Path
+) -> None:
+    save(served("scaled"), tmp_path / "saved")
+    np.save(tmp_path / "x.npy", np.float32([1, 2]))
+    done = python(SAVED, str(op_library()), str(tmp_path / "saved"), str(tmp_path / "x.npy"), str(tmp_path / "out.npz"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    got = np.load(tmp_path / "out.npz")
+    assert got["y"].tolist() == [3, 6]
+    assert got["dx"].tolist() == [3, 3]
+
+
+# --------------------------------------------------------------------------- how often, and at once
+
+
+def counting(seen: list[Message]) -> Script:
+    def script(conversation: Conversation) -> None:
+        while (request := conversation.read()) is not None:
+            seen.append(request)
+            conversation.answer(OK)
+
+    return script
+
+
+def test_a_call_with_constant_inputs_is_made_every_time() -> None:
+    seen: list[Message] = []
+    with peer(counting(seen)) as server:
+        function = tf.function(lambda: ask(server.url, tf.constant(X)))
+        for _ in range(3):
+            function()
+        assert len(seen) == 3
+
+
+@pytest.mark.parametrize(("pure", "calls"), [(True, 2), (False, 3)])
+def test_a_pure_call_that_nobody_uses_is_left_out_and_two_alike_stay_two(pure: bool, calls: int) -> None:
+    seen: list[Message] = []
+    with peer(counting(seen)) as server:
+
+        @tf.function
+        def function(x: Any) -> Any:
+            ask(server.url, x, pure=pure)
+            return ask(server.url, x, pure=pure) + ask(server.url, x, pure=pure)
+
+        function(tf.constant(X))
+        assert len(seen) == calls
+
+
+@pytest.mark.parametrize("pure", [True, False])
+def test_eight_calls_of_one_function_are_under_way_at_once(pure: bool) -> None:
+    together = threading.Barrier(8)
+
+    def script(conversation: Conversation) -> None:
+        while conversation.read() is not None:
+            together.wait(10)
+            conversation.answer(OK)
+
+    with peer(script) as server:
+
+        @tf.function
+        def function(x: Any) -> Any:
+            return tf.add_n([ask(server.url, x, pure=pure, retry=ONE) for _ in range(8)])
+
+        np.testing.assert_allclose(function(tf.constant(X)), 8 * X, rtol=1e-6)
+
+
+def test_a_dataset_maps_eight_calls_at_once() -> None:
+    together = threading.Barrier(8)
+
+    def script(conversation: Conversation) -> None:
+        while conversation.read() is not None:
+            together.wait(10)
+            conversation.answer(OK)
+
+    with peer(script) as server:
+        data = tf.data.Dataset.range(8).map(lambda n: ask(server.url, retry=ONE), num_parallel_calls=8)
+        assert len(list(data)) == 8
+
+
+# --------------------------------------------------------------------------- faults
+
+
+HTML = b"<html><h1>Bad gateway</h1></html>"
+MATRIX_OF_FAULTS = [
+    ("code 3", (encode_error(3, "bad input"), "400 Bad Request"), "InvalidArgumentError", "bad input - from", 1),
+    ("code 4", (encode_error(4, "too late"), "504 Gateway Timeout"), "DeadlineExceededError", "too late", 1),
+    ("code 5", (encode_error(5, "no such model"), "404 Not Found"), "NotFoundError", "no such model", 1),
+    ("code 8", (encode_error(8, "queue full"), "429 Too Many Requests"), "ResourceExhaustedError", "queue full", 3),
+    ("code 12", (encode_error(12, "no gradient"), "501 Not Implemented"), "UnimplementedError", "no gradient", 1),
+    ("code 13", (encode_error(13, "it broke"), "500 Internal"), "InternalError", "it broke", 1),
+    ("code 14", (encode_error(14, "loading"), "503 Unavailable"), "UnavailableError", "loading", 3),
+    ("code 14 at 200", (encode_error(14, "loading"),), "UnavailableError", "loading", 3),
+    ("code 77", (encode_error(77, "what?"), "500 Internal"), "UnknownError", "what.*77", 1),
+    ("502", (HTML, "502 Bad Gateway", "Content-Type: text/html"), "UnavailableError", "answered 502: Bad gateway", 3),
+    ("503", (b"", "503 Unavailable"), "UnavailableError", "answered 503", 3),
+    ("504", (b"", "504 Gateway Timeout"), "DeadlineExceededError", "answered 504", 1),
+    ("429", (b"", "429 Too Many Requests"), "ResourceExhaustedError", "answered 429", 3),
+    ("go", (b"no input", "400 Bad Request", "Content-Type: text/plain"), "InvalidArgumentError", "400: no input", 1),
+    ("401", (b"", "401 Unauthorized"), "UnauthenticatedError", "headers=", 1),
+    ("301", (b"", "301 Moved", "Location: http://new/m?key=1"), "InternalError", "moved to 'http://new/m'", 1),
+    ("empty", (b"",), "InternalError", "answered 200 with an empty body", 1),
+    ("html", (HTML, "200 OK", "Content-Type: text/html"), "InternalError", "200: Bad gateway: expected a GraphPipe", 1),
+    ("garbage", (b"\xff" * 64,), "InternalError", "is no GraphPipe message: .* at byte", 1),
+    ("cut", (OK[:-1],), "InternalError", "is no GraphPipe message: .*runs past the end", 1),
+    ("no outputs", (b"".join(encode_response([])),), "InternalError", "expected 1 outputs, got 0 - from", 1),
+    ("dtype", (b"".join(encode_response([X.astype("f8")])),), "InternalError", r"float32 of any.* float64 \[3, 4\]", 1),
+]
+
+
+@pytest.mark.parametrize(("answer", "error", "words", "calls"), [row[1:] for row in MATRIX_OF_FAULTS],
+                         ids=[row[0] for row in MATRIX_OF_FAULTS])  # fmt: skip
+def test_every_fault_is_an_error_of_its_own_and_only_passing_ones_are_tried_again(
+    answer: tuple[Any, ...], error: str, words: str, calls: int
+) -> None:
+    seen: list[Message] = []
+
+    def script(conversation: Conversation) -> None:
+        while (request := conversation.read()) is not None:
+            seen.append(request)
+            conversation.answer(*answer)
+
+    with peer(script) as server:
+        for call in (lambda: ask(f"{server.url}?key=secret"), tf.function(lambda: ask(f"{server.url}?key=secret"))):
+            seen.clear()
+            with pytest.raises(tf.errors.OpError, match=words) as caught:
+                call()
+            assert type(caught.value).__name__ == error
+            assert server.url in caught.value.message
+            assert "secret" not in caught.value.message
+            assert len(seen) == calls
+
+
+def test_an_output_of_another_shape_is_refused() -> None:
+    with peer(answering(OK)) as server:
+        with pytest.raises(tf.errors.InternalError, match=r"output 'y': expected float32 \[-1, 5\], got float32 \[3, 4\]"):
+            remote_op(server.url, X, "x", "y", tf.float32, [None, 5])
+
+
+def test_a_bool_that_is_neither_is_refused() -> None:
+    with peer(answering(b"".join(encode_response([np.uint8([0, 1, 2])])))) as server:
+        with pytest.raises(tf.errors.InternalError, match="each 0 or 1, got a byte 2"):
+            remote_op(server.url, X, "x", "y", tf.bool, [3])
+
+
+def test_a_peer_that_hangs_up_is_tried_again_and_then_unavailable() -> None:
+    def script(conversation: Conversation) -> None:
+        conversation.read()
+        if conversation.number < 3:
+            conversation.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", OK[:10])
+            conversation.reset()
+        else:
+            conversation.answer(OK)
+
+    with peer(script) as server:
+        assert ask(server.url).shape == (3, 4)
+        assert server.connections == 3
+    with peer(lambda conversation: (conversation.read(), conversation.hang_up())[0]) as server:  # type: ignore[func-returns-value]
+        with pytest.raises(tf.errors.UnavailableError, match=r"the connection ended while waiting for the first byte"):
+            ask(server.url, retry=Retry(attempts=2))
+        assert server.connections == 2
+
+
+def test_nobody_there_is_unavailable_and_another_replica_answers() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{taken.getsockname()[1]}/m"
+        with pytest.raises(tf.errors.UnavailableError, match=f"cannot connect .* - at {dead}"):
+            ask(dead)
+        with peer(answering(OK)) as server:
+            for _ in range(4):
+                assert ask([dead, server.url]).shape == (3, 4)
+
+
+def test_a_chunked_answer_and_one_that_ends_with_the_connection_are_read() -> None:
+    def chunked(conversation: Conversation) -> None:
+        while conversation.read() is not None:
+            conversation.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            for at in range(0, len(OK), 7):
+                conversation.send(f"{len(OK[at : at + 7]):x}\r\n".encode(), OK[at : at + 7], b"\r\n")
+            conversation.send(b"0\r\n\r\n")
+
+    def ended(conversation: Conversation) -> None:
+        conversation.read()
+        conversation.send(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", OK)
+
+    for script in (chunked, ended):
+        with peer(script) as server:
+            assert ask(server.url).numpy().tolist() == X.tolist()
+
+
+# --------------------------------------------------------------------------- time
+
+
+def silent(conversation: Conversation) -> None:
+    while conversation.read() is not None:
+        pass
+
+
+def test_a_deadline_holds_in_every_phase() -> None:
+    def stalling(conversation: Conversation) -> None:
+        conversation.read()
+        conversation.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", OK[:10])
+        conversation.read()
+
+    for script, phase in ((silent, "waiting for the first byte"), (stalling, "receiving the answer")):
+        with peer(script) as server:
+            since = time.monotonic()
+            with pytest.raises(tf.errors.DeadlineExceededError, match=rf"in 0\.\d+ s \(attempt 1 of 3, .* {phase}\)"):
+                ask(server.url, timeout_s=0.25)
+            assert 0.24 < time.monotonic() - since < 1.5
+    with unreachable() as url, pytest.raises(tf.errors.DeadlineExceededError, match="connecting"):
+        ask(url, timeout_s=0.25)
+
+
+def test_retries_end_with_the_deadline() -> None:
+    with peer(answering(b"", "503 Unavailable")) as server:
+        since = time.monotonic()
+        with pytest.raises(tf.errors.OpError):
+            ask(server.url, timeout_s=0.5, retry=Retry(attempts=1000))
+        assert time.monotonic() - since < 2
+
+
+# --------------------------------------------------------------------------- giving up
+
+
+def cancelled(server_url: str, wait: Callable[[], object]) -> None:
+    manager = cancellation.CancellationManager()
+    function = tf.function(lambda x: ask(server_url, x)).get_concrete_function(tf.TensorSpec((3, 4)))
+    run = manager.get_cancelable_function(function)
+    caught: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            run(tf.constant(X))
+        except tf.errors.OpError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    wait()
+    since = time.monotonic()
+    manager.start_cancel()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert time.monotonic() - since < 1
+    assert isinstance(caught[0], tf.errors.CancelledError)
+
+
+def test_a_cancelled_call_ends_at_once_and_closes_its_connection() -> None:
+    with peer(silent) as server:
+        cancelled(server.url, lambda: until(lambda: server.open == 1))
+        assert until(lambda: server.open == 0)
+
+
+@pytest.mark.slow
+def test_a_thousand_calls_cancelled_at_any_moment_end_once_each() -> None:
+    def slow(conversation: Conversation) -> None:
+        while conversation.read() is not None:
+            time.sleep(0.001)
+            conversation.answer(OK)
+
+    with peer(slow) as server:
+        function = tf.function(lambda x: ask(server.url, x)).get_concrete_function(tf.TensorSpec((3, 4)))
+        x, ends = tf.constant(X), {"answered": 0, "cancelled": 0}
+        for n in range(1000):
+            manager = cancellation.CancellationManager()
+            run = manager.get_cancelable_function(function)
+            timer = threading.Timer((n % 50) / 1e4, manager.start_cancel)
+            timer.start()
+            try:
+                run(x)
+                ends["answered"] += 1
+            except tf.errors.CancelledError:
+                ends["cancelled"] += 1
+            timer.join()
+        assert sum(ends.values()) == 1000
+        assert min(ends.values()) > 10, ends
+        assert ask(server.url).shape == (3, 4)
+
+
+# --------------------------------------------------------------------------- headers, TLS, unix sockets
+
+
+def test_a_header_is_read_from_the_environment_at_each_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Message] = []
+    with peer(counting(seen)) as server:
+        headers = {"Authorization": "Bearer ${REMOTE_OPS_TEST_TOKEN}"}
+        function = tf.function(lambda x: ask(server.url, x, headers=headers))
+        for token in ("first", "second"):
+            monkeypatch.setenv("REMOTE_OPS_TEST_TOKEN", token)
+            function(tf.constant(X))
+            assert seen[-1].headers["authorization"] == f"Bearer {token}"
+        graph = function.get_concrete_function(tf.TensorSpec((3, 4))).graph.as_graph_def().SerializeToString()
+        assert b"second" not in graph
+        assert b"${REMOTE_OPS_TEST_TOKEN}" in graph
+        monkeypatch.setenv("REMOTE_OPS_TEST_TOKEN", "a\r\nX-Evil: 1")
+        with pytest.raises(tf.errors.InvalidArgumentError, match="'Authorization' has a value with a line end"):
+            function(tf.constant(X))
+        monkeypatch.delenv("REMOTE_OPS_TEST_TOKEN")
+        with pytest.raises(tf.errors.InvalidArgumentError, match="REMOTE_OPS_TEST_TOKEN, which is not set"):
+            function(tf.constant(X))
+    with pytest.raises(SpecError, match="'Authorization' has a literal value"):
+        ask("http://127.0.0.1:1/m", headers={"Authorization": "Bearer secret"})
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+def server_context(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    return context
+
+
+def test_https_trusts_the_given_authority_and_no_other(authority: trustme.CA, tmp_path: Path) -> None:
+    ca, other = tmp_path / "ca.pem", tmp_path / "other.pem"
+    authority.cert_pem.write_to_path(str(ca))
+    trustme.CA().cert_pem.write_to_path(str(other))
+    with peer(answering(OK), tls=server_context(authority)) as server:
+        assert ask(server.url, tls=TLS(ca=str(ca))).shape == (3, 4)
+        assert ask(server.url, tls=TLS(verify=False)).shape == (3, 4)
+        for tls in (TLS(ca=str(other)), None):
+            with pytest.raises(tf.errors.UnavailableError, match="cannot connect .*certificate"):
+                ask(server.url, tls=tls)
+        with pytest.raises(tf.errors.InvalidArgumentError, match="certificates do not load"):
+            ask(server.url, tls=TLS(ca=str(tmp_path / "none.pem")))
+
+
+def test_https_shows_the_client_certificate(authority: trustme.CA, tmp_path: Path) -> None:
+    ca, cert, key = (tmp_path / name for name in ("ca.pem", "cert.pem", "key.pem"))
+    authority.cert_pem.write_to_path(str(ca))
+    mine = authority.issue_cert("me@example.org")
+    mine.cert_chain_pems[0].write_to_path(str(cert))
+    mine.private_key_pem.write_to_path(str(key))
+    context = server_context(authority)
+    context.verify_mode = ssl.CERT_REQUIRED
+    authority.configure_trust(context)
+    with peer(answering(OK), tls=context) as server:
+        assert ask(server.url, tls=TLS(ca=str(ca), cert=str(cert), key=str(key))).shape == (3, 4)
+        with pytest.raises(tf.errors.UnavailableError):
+            ask(server.url, tls=TLS(ca=str(ca)), retry=ONE)
+
+
+def test_a_unix_socket_is_called_like_an_address(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.sock", tmp_path / "b.sock"]
+    with contextlib.ExitStack() as stack:
+        for path, factor in zip(paths, (1, 2), strict=True):
+            model = FunctionServable(
+                lambda x, factor=factor: x * np.float32(factor),
+                [TensorSpec("x", "float32", (-1, 4))], [TensorSpec("y", "float32", (-1, 4))],
+            )  # fmt: skip
+            stack.enter_context(server_ref.running({"m": model}, f"unix:{path}"))
+        for _ in range(3):
+            for path, factor in zip(paths, (1, 2), strict=True):
+                url = f"http+unix://{str(path).replace('/', '%2F')}/m"
+                np.testing.assert_allclose(remote_op(url, X), factor * X)
+    with pytest.raises(tf.errors.UnavailableError, match="cannot connect"):
+        ask(f"http+unix://{str(tmp_path / 'none.sock').replace('/', '%2F')}/m")
+
+
+# --------------------------------------------------------------------------- building
+
+
+@pytest.mark.slow
+def test_processes_that_start_at_once_build_one_library(tmp_path: Path) -> None:
+    code = "from remote_ops.tf.build import op_library; print(op_library())"
+    environment = {**os.environ, "REMOTE_OPS_CACHE": str(tmp_path)}
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    paths = {process.communicate(timeout=110)[0].strip() for process in running}
+    assert len(paths) == 1
+    assert sorted(path.suffix for path in (tmp_path / "ops").iterdir()) == [".lock", ".so"]
+
+
+@pytest.mark.slow
+def test_no_compiler_is_a_clear_error(tmp_path: Path) -> None:
+    code = "from remote_ops.tf.build import op_library; op_library()"
+    environment = {**os.environ, "REMOTE_OPS_CACHE": str(tmp_path), "CXX": "no-such-compiler"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "expected 'no-such-compiler' on the PATH, got none; install g++" in done.stderr
