@@ -282,7 +282,7 @@ def test_load_of_a_path_that_is_not_there_suggests_its_neighbour(tmp_path: Path)
         load(tmp_path / "nowhere" / "x")
 
 
-@pytest.mark.parametrize("name", ["net.h5", "graph.yaml", "net.bin", "plain"])
+@pytest.mark.parametrize("name", ["net.tflite", "graph.yaml", "net.bin", "plain"])
 def test_load_claims_no_kind_that_it_cannot_open(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
     with pytest.raises(SpecError, match=r"expected a file ending in \.onnx, .*, 'package\.module:thing', or a URL"):

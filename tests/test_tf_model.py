@@ -42,12 +42,8 @@ from remote_ops.errors import DeadlineExceeded, InvalidRequest
 from remote_ops.tf import TFModel
 from server_ref.__main__ import main
 
-# TensorFlow and Keras import and do what newer Pythons and numpys deprecate.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:(tensorflow|keras|h5py|google)"),
-    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:np.object:FutureWarning"),
-]
+# How Keras turns TensorFlow's variables into arrays when it saves a model.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 ROOT = Path(__file__).parents[1]
 RNG = np.random.default_rng(0)
@@ -624,6 +620,36 @@ def test_what_runs_while_a_saved_model_is_opened_is_looked_at_too(mixed: Any, tm
             TFModel(edited(folder, tmp_path / str(number), edit))
     assert not mark.exists()
     TFModel(edited(folder, tmp_path / "plain", lambda meta: None))
+
+
+def test_a_handle_of_what_belongs_to_another_model_is_refused(mixed: Any, tmp_path: Path) -> None:
+    _, folder, _ = mixed
+
+    def steal(meta: Any) -> None:
+        for node in meta.graph_def.node:
+            if node.op == "VarHandleOp":
+                node.op = "Const"
+                node.attr["dtype"].type = tf.resource.as_datatype_enum
+
+    with pytest.raises(SpecError, match=r"Const \(makes a handle of something that is not the model's"):
+        TFModel(edited(folder, tmp_path / "m", steal))
+
+
+def test_no_operation_that_is_taken_has_a_file_or_an_address_among_its_attributes() -> None:
+    from tensorflow.core.framework import op_def_pb2
+    from tensorflow.python.client import pywrap_tf_session as session
+
+    from remote_ops.tf import vetted
+
+    known = op_def_pb2.OpList.FromString(session.TF_GetBuffer(session.TF_GetAllOpList()))
+    assert len(known.op) > 1000
+    for definition in known.op:
+        node = tf.compat.v1.NodeDef(name="n", op=definition.name)
+        if vetted._reason(node, lambda tensor: False, ()):
+            continue
+        names = {part.name.lower() for part in (*definition.attr, *definition.input_arg)}
+        told = [name for name in names if any(word in name for word in ("file", "url", "address", "region", "library"))]
+        assert told == [], definition.name
 
 
 def test_operations_that_nothing_here_defines_are_named(mixed: Any, tmp_path: Path) -> None:

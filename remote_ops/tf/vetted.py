@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tensorflow.core.framework import graph_pb2
+from tensorflow.core.framework import attr_value_pb2, graph_pb2, types_pb2
 from tensorflow.python.framework import op_def_registry
 
 from remote_ops.errors import SpecError
@@ -31,7 +31,7 @@ _STATEFUL = re.compile(
     r"|Resource(Sparse)?(Apply|Gather|Scatter|Strided|CountUpTo|Initialized)\w*"
     r"|(Stateful)?PartitionedCall|If|While|Case|Assert|CheckNumerics(V2)?|Print|PrintV2|Timestamp|DeviceIndex"
     r"|Random\w+|TruncatedNormal|ParameterizedTruncatedNormal|Multinomial|Stateful\w+|StatelessRandomGetAlg"
-    r"|Rng(Skip|ReadAndSkip)|NonDeterministicInts|SampleDistortedBoundingBox(V2)?|Skipgram|NegTrain"
+    r"|Rng(Skip|ReadAndSkip)|NonDeterministicInts|SampleDistortedBoundingBox(V2)?|NegTrain"
     r"|(All|LogUniform|Uniform|LearnedUnigram|ThreadUnsafeUnigram)CandidateSampler"
     r"|(Anonymous)?(Mutable)?(Dense)?HashTable(OfTensors)?(V2)?|LookupTable\w+|InitializeTableV2"
     r"|TensorArray\w*|Stack((V2|Push|Pop|Close)\w*)?|CudnnRNN\w*|MutexV2|MutexLock|ConsumeMutexLock"
@@ -40,10 +40,12 @@ _STATEFUL = re.compile(
 # pointer in an attribute. Those that begin with `_` are TensorFlow's own, between its passes.
 _REFUSED = re.compile(
     r"\w*(PyFunc|ReadFile|WriteFile|MatchingFiles|TextFile|Dataset|Iterator|Reader|Snapshot|Save|Restore|Vocab|Proto"
-    r"|Remote|Rpc|Send|Recv|Collective|Nccl|Queue|Session|Checkpoint|Server|Library|TRTEngine|CustomCall)\w*"
+    r"|Remote|Rpc|Send|Recv|Collective|Nccl|Queue|Session|Checkpoint|Server|Library|TRTEngine|CustomCall"
+    r"|DTensor|Barrier|Accumulator|Infeed|Prelinearize|Relayout|Aggregator|Passthrough)\w*"
     r"|_(?!Fused)\w*|_?Xla(Launch|Host|CallModule)\w*|T[Pp][Uu]\w*|Debug\w*|Copy(Host|Op|ToMesh\w*)?|ImmutableConst"
     r"|HostConst|Abort|FixedUnigramCandidateSampler|RandomDataset\w*|StatefulRandomDataset\w*"
 )
+_HANDLES = {types_pb2.DT_RESOURCE, types_pb2.DT_VARIANT}
 _PLAIN_STREAMS = (b"stderr", b"stdout", b"log(info)", b"log(warning)", b"log(error)")
 
 
@@ -207,7 +209,12 @@ def _comes_from(
 
 def _resource(node: Any) -> tuple[bytes, bytes]:
     """What a handle of a variable stands for: two of the same are one variable."""
-    return node.attr["container"].s, node.attr["shared_name"].s or node.name.encode()
+    return _attr(node, "container").s, _attr(node, "shared_name").s or node.name.encode()
+
+
+def _attr(node: Any, name: str) -> Any:
+    """An attribute, an empty one if it is not there: to index it would put it there."""
+    return node.attr[name] if name in node.attr else attr_value_pb2.AttrValue()
 
 
 def _full(tensor: str) -> str:
@@ -226,7 +233,9 @@ def _reason(node: Any, named_by_us: Callable[[str], bool], may: tuple[str, ...])
         return "reads a file of the model's choosing"
     if _REFUSED.fullmatch(node.op) or (definition.is_stateful and not _STATEFUL.fullmatch(node.op)):
         return "does more than compute"
-    if node.op == "PrintV2" and node.attr["output_stream"].s not in (b"", *_PLAIN_STREAMS):
+    if node.op in ("Const", "ParseTensor") and {_attr(node, name).type for name in ("dtype", "out_type")} & _HANDLES:
+        return "makes a handle of something that is not the model's"
+    if node.op == "PrintV2" and _attr(node, "output_stream").s not in (b"", *_PLAIN_STREAMS):
         return "writes a file"
     return ""
 
