@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import trustme
-from rawpeer import Conversation, Message, peer, serving, unreachable, until
+from rawpeer import Conversation, Message, peer, unreachable, until
 from tfpeer import MATRIX, ROOT, echo, mix, python, scaled
 
 import server_ref
-from remote_ops import DecodeError, FunctionServable, Retry, Signature, SignatureError, SpecError, TensorSpec
+from remote_ops import FunctionServable, Retry, SignatureError, SpecError, TensorSpec
 from remote_ops.graphpipe import decode_request, encode_error, encode_response
 from remote_ops.url import TLS
 
@@ -364,7 +364,9 @@ def test_every_fault_is_an_error_of_its_own_and_only_passing_ones_are_tried_agai
 
 def test_an_output_of_another_shape_is_refused() -> None:
     with peer(answering(OK)) as server:
-        with pytest.raises(tf.errors.InternalError, match=r"output 'y': expected float32 \[-1, 5\], got float32 \[3, 4\]"):
+        with pytest.raises(
+            tf.errors.InternalError, match=r"output 'y': expected float32 \[-1, 5\], got float32 \[3, 4\]"
+        ):
             remote_op(server.url, X, "x", "y", tf.float32, [None, 5])
 
 
@@ -554,7 +556,7 @@ def test_https_trusts_the_given_authority_and_no_other(authority: trustme.CA, tm
         assert ask(server.url, tls=TLS(ca=str(ca))).shape == (3, 4)
         assert ask(server.url, tls=TLS(verify=False)).shape == (3, 4)
         for tls in (TLS(ca=str(other)), None):
-            with pytest.raises(tf.errors.UnavailableError, match="cannot connect .*certificate"):
+            with pytest.raises(tf.errors.UnavailableError, match=r"cannot connect .*certificate"):
                 ask(server.url, tls=tls)
         with pytest.raises(tf.errors.InvalidArgumentError, match="certificates do not load"):
             ask(server.url, tls=TLS(ca=str(tmp_path / "none.pem")))
@@ -597,7 +599,7 @@ def test_a_unix_socket_is_called_like_an_address(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_processes_that_start_at_once_build_one_library(tmp_path: Path) -> None:
-    code = "from remote_ops.tf.build import op_library; print(op_library())"
+    code = "from remote_ops.tf.library import op_library; print(op_library())"
     environment = {**os.environ, "REMOTE_OPS_CACHE": str(tmp_path)}
     running = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -8,7 +8,7 @@ try:
 except ImportError as error:
     raise ImportError("remote_ops.tf needs tensorflow: pip install 'remote-ops[tf]'") from error
 
-from remote_ops.tf.build import op_library
+from remote_ops.tf.library import op_library
 from remote_ops.tf.model import TFModel
 from remote_ops.tf.ops import remote_op, remote_op_multi
 

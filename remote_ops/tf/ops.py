@@ -4,7 +4,7 @@ They say what the kernel is to send and expect; what goes over the wire, the ker
 per address, and gradients are spelled out: `tf.custom_gradient` goes into a SavedModel, so whoever loads one needs no
 more than `tf.load_op_library(remote_ops.tf.op_library())`.
 
-State: the loaded library and the known signatures, each set once under `_LOCK`.
+State: the loaded library, once, under `_LOCK`; the known signatures, by operations that are atomic in CPython.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from remote_ops.client import Endpoint
@@ -24,7 +23,7 @@ from remote_ops.deadline import Deadline
 from remote_ops.errors import NotDifferentiable, SignatureError, SpecError
 from remote_ops.policy import Retry
 from remote_ops.signature import DTYPES, Signature, TensorSpec
-from remote_ops.tf.build import op_library
+from remote_ops.tf.library import op_library
 from remote_ops.url import TLS, Url
 
 __all__ = ["Client", "call", "dtype_of", "load_ops", "remote_op", "remote_op_multi", "shape_of"]
@@ -35,7 +34,6 @@ _SIGNATURES: dict[Client, Signature] = {}
 _VARIABLE = re.compile(r"\$\{[A-Za-z_][A-Za-z0-9_]*\}")
 
 
-@functools.cache
 def load_ops() -> Any:
     """The module of the raw ops; builds the kernel first if need be.
 
@@ -43,10 +41,15 @@ def load_ops() -> Any:
         BuildError: it could not be built.
     """
     with _LOCK:
-        ops = tf.load_op_library(str(op_library()))
-        for name in ("RemoteOpsInfer", "RemoteOpsInferOrdered"):
-            tf.RegisterGradient(name)(_no_second_derivative)
-        return ops
+        return _load()
+
+
+@functools.cache
+def _load() -> Any:
+    ops = tf.load_op_library(str(op_library()))
+    for name in ("RemoteOpsInfer", "RemoteOpsInferOrdered"):
+        tf.RegisterGradient(name)(_no_second_derivative)
+    return ops
 
 
 def _no_second_derivative(op: Any, *gradients: Any) -> Any:
@@ -377,7 +380,7 @@ class _Op:
     def differentiable(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The outputs, with a gradient that comes over the wire."""
 
-        @tf.custom_gradient
+        @tf.custom_gradient  # type: ignore[untyped-decorator]
         def forward(*tensors: Tensor) -> Any:
             outputs = self.outputs(tensors)
 
