@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,11 +18,12 @@ import numpy.typing as npt
 
 from remote_ops.errors import NotDifferentiable, SignatureError, SpecError
 
-__all__ = ["DTYPES", "DType", "Signature", "TensorSpec", "describe", "did_you_mean"]
+__all__ = ["DTYPES", "DType", "Signature", "TensorSpec", "describe", "did_you_mean", "parse_spec"]
 
 Array = npt.NDArray[Any]
 MAX_RANK = 32
 STRING_TYPE = 12
+_SPEC = re.compile(r"\s*(?P<name>\S(?:.*\S)?)\s*:\s*(?P<dtype>\w+)\s*\[(?P<sizes>[-\d\s,]*)\]\s*")
 
 
 class DType(NamedTuple):
@@ -224,6 +226,25 @@ class TensorSpec:
         return SignatureError(
             f"{kind} '{self.name}': expected {self}, got {got}", name=self.name, expected=str(self), got=got, at=at
         )
+
+
+def parse_spec(text: str) -> TensorSpec:
+    """Read a spec as this project prints it: `x: float32 [-1, 1024]`; -1 is any size, `[]` a scalar.
+
+    Raises:
+        SpecError: it is none.
+    """
+    match = _SPEC.fullmatch(text)
+    try:
+        if match is not None:
+            sizes = [int(size) for size in match["sizes"].split(",")] if match["sizes"].strip() else []
+            if match["dtype"] in DTYPES:  # numpy knows other names, and its `float` is a float64
+                return TensorSpec(match["name"], match["dtype"], tuple(sizes))
+            raise SpecError(f"no dtype '{match['dtype']}': expected one of {', '.join(DTYPES)}", path="inputs, outputs")
+    except ValueError as error:
+        if isinstance(error, SpecError):
+            raise
+    raise SpecError(f"expected a spec such as 'x: float32 [-1, 1024]', got {text!r}", path="inputs, outputs")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from remote_ops.errors import NotDifferentiable, SignatureError, SpecError
-from remote_ops.signature import BY_NUMPY, DTYPES, STORED, Signature, TensorSpec, describe
+from remote_ops.signature import BY_NUMPY, DTYPES, STORED, Signature, TensorSpec, describe, parse_spec
 
 AT = "http://gpu1:9000/resnet"
 PIXELS = TensorSpec("pixels", "float32", (-1, 3, 4, 4))
@@ -289,3 +289,24 @@ def test_a_gradient_or_cotangent_that_there_is_not_says_which_there_are() -> Non
         GIVES_GRADIENTS.fit_inputs({**values, "cotangent:label": np.zeros(3, np.int64)})
     with pytest.raises(SignatureError, match=r"no output for 'cotangent:yy': .*did you mean 'cotangent:y'"):
         GIVES_GRADIENTS.fit_inputs({**values, "cotangent:yy": np.zeros((3, 2), np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("x: float32 [-1, 1024]", TensorSpec("x", "float32", (-1, 1024))),
+        ("  sample rate :int64[] ", TensorSpec("sample rate", "int64", ())),
+        ("a:b: bool [2]", TensorSpec("a:b", "bool", (2,))),
+    ],
+)
+def test_a_spec_is_read_as_it_is_printed(text: str, spec: TensorSpec) -> None:
+    assert parse_spec(text) == spec
+    assert parse_spec(f"{spec.name}: {spec}") == spec
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "x: float32", "float32 [2]", "x: float32 [2", "x: float32 [a]", "x: f [1,,2]"]
+)
+def test_text_that_is_no_spec_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(SpecError, match=r"expected a spec such as 'x: float32 \[-1, 1024\]'|no dtype"):
+        parse_spec(text)

@@ -29,7 +29,7 @@ from remote_ops import (  # noqa: E402
 )
 from remote_ops.deadline import Deadline  # noqa: E402
 from remote_ops.errors import DeadlineExceeded, InvalidRequest  # noqa: E402
-from remote_ops.torch.model import TorchModel, parse_spec  # noqa: E402
+from remote_ops.torch.model import TorchModel  # noqa: E402
 from remote_ops.torch.tensors import arrays_of  # noqa: E402
 
 X4 = "x: float32 [-1, 4]"
@@ -154,27 +154,6 @@ def test_outputs_can_be_said_in_order_and_by_any_name() -> None:
     by_key = TorchModel(Of(lambda x: {"a": x, "b": -x}), inputs=X4, outputs="b: float32 [-1, 4]")
     assert [spec.name for spec in by_key.signature.outputs] == ["b"]
     np.testing.assert_array_equal(by_key.infer({"x": np.ones((1, 4), np.float32)})["b"], -np.ones((1, 4)))
-
-
-@pytest.mark.parametrize(
-    ("text", "spec"),
-    [
-        ("x: float32 [-1, 1024]", TensorSpec("x", "float32", (-1, 1024))),
-        ("  sample rate :int64[] ", TensorSpec("sample rate", "int64", ())),
-        ("a:b: bool [2]", TensorSpec("a:b", "bool", (2,))),
-    ],
-)
-def test_a_spec_is_read_as_it_is_printed(text: str, spec: TensorSpec) -> None:
-    assert parse_spec(text) == spec
-    assert parse_spec(f"{spec.name}: {spec}") == spec
-
-
-@pytest.mark.parametrize(
-    "text", ["", "x", "x: float32", "float32 [2]", "x: float32 [2", "x: float32 [a]", "x: f [1,,2]"]
-)
-def test_text_that_is_no_spec_is_refused_with_an_example(text: str) -> None:
-    with pytest.raises(SpecError, match=r"expected a spec such as 'x: float32 \[-1, 1024\]'|no dtype"):
-        parse_spec(text)
 
 
 @pytest.mark.parametrize(

@@ -34,13 +34,12 @@ from remote_ops.torch.opened import (
     named_outputs,
     on_device,
     open_model,
-    parse_spec,
     spec_of,
     writes_to_inputs,
 )
 from remote_ops.torch.tensors import arrays_of, tensor_of
 
-__all__ = ["TorchModel", "parse_spec"]
+__all__ = ["TorchModel"]
 
 Tensors = dict[str, torch.Tensor]
 

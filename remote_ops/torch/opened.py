@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from remote_ops.errors import SpecError
-from remote_ops.signature import DTYPES, TensorSpec, did_you_mean
+from remote_ops.signature import DTYPES, TensorSpec, did_you_mean, parse_spec
 from remote_ops.torch.files import open_program, open_script, read_weights
 
 __all__ = [
@@ -32,32 +31,11 @@ __all__ = [
     "named_outputs",
     "on_device",
     "open_model",
-    "parse_spec",
     "spec_of",
     "writes_to_inputs",
 ]
 
 _Copied = TypeVar("_Copied")
-_SPEC = re.compile(r"\s*(?P<name>\S(?:.*\S)?)\s*:\s*(?P<dtype>\w+)\s*\[(?P<sizes>[-\d\s,]*)\]\s*")
-
-
-def parse_spec(text: str) -> TensorSpec:
-    """Read a spec as this project prints it: `x: float32 [-1, 1024]`; -1 is any size, `[]` a scalar.
-
-    Raises:
-        SpecError: it is none.
-    """
-    match = _SPEC.fullmatch(text)
-    try:
-        if match is not None:
-            sizes = [int(size) for size in match["sizes"].split(",")] if match["sizes"].strip() else []
-            if match["dtype"] in DTYPES:  # numpy knows other names, and its `float` is a float64
-                return TensorSpec(match["name"], match["dtype"], tuple(sizes))
-            raise SpecError(f"no dtype '{match['dtype']}': expected one of {', '.join(DTYPES)}", path="inputs, outputs")
-    except ValueError as error:
-        if isinstance(error, SpecError):
-            raise
-    raise SpecError(f"expected a spec such as 'x: float32 [-1, 1024]', got {text!r}", path="inputs, outputs")
 
 
 @dataclass(frozen=True)
