@@ -275,7 +275,7 @@ def _torch_model() -> type[Servable]:
 
 
 def _tf_model() -> type[Servable]:
-    from remote_ops.tf.model import TFModel
+    from remote_ops.tf import TFModel
 
     return TFModel
 

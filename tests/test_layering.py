@@ -29,12 +29,13 @@ ROOMS = (
 )
 RANK = {f"remote_ops.{room}": rank for rank, line in enumerate(ROOMS) for room in line}
 
-# `load` opens what stands above it, and what is slow to import, only when asked: inside a function.
+# What is opened only when asked, inside a function: by `load`, what stands above it and what is slow to import.
 LAZY = {
     "remote_ops.servable": {
         *("remote_ops.onnx", "remote_ops.torch", "remote_ops.tf", "remote_ops.download"),
         "ensemble",
-    }
+    },
+    "remote_ops.tf": {"remote_ops.torch"},  # RemoteLayer, on Keras' PyTorch backend
 }
 
 # The one file or folder that imports each of these.

@@ -975,6 +975,6 @@ def test_the_flags_and_variables_of_graphpipe_tf_choose_inputs_and_outputs(
 
 
 def test_without_tensorflow_the_import_error_names_the_line_to_type() -> None:
-    code = "import sys; sys.modules['tensorflow'] = None; import remote_ops.tf"
+    code = "import sys; sys.modules['tensorflow'] = None; from remote_ops.tf import remote_op"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert "ImportError: remote_ops.tf needs tensorflow: pip install 'remote-ops[tf]'" in done.stderr
