@@ -5,6 +5,8 @@ It reads URLs and certificate files; it opens no connection.
 
 from __future__ import annotations
 
+import os
+import re
 import ssl
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,6 +17,7 @@ from remote_ops.errors import SpecError
 __all__ = ["TLS", "USER_AGENT", "Url"]
 
 USER_AGENT = "remote-ops/0.1"
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 class Url(NamedTuple):
@@ -92,7 +95,8 @@ class TLS:
     Args:
         ca: path of a file of CA certificates (PEM) to trust instead of the system's.
         cert, key: paths of the client certificate and its key (PEM), for servers that ask who calls.
-        password: of the key. It is not shown, and not pickled.
+        password: of the key. It may name environment variables as `${NAME}`, which are read at the first connection;
+            otherwise it is not shown, and not pickled.
         verify: False trusts anybody; for tests.
 
     Raises:
@@ -110,7 +114,7 @@ class TLS:
         try:
             context = ssl.create_default_context(cafile=self.ca)
             if self.cert:
-                context.load_cert_chain(self.cert, self.key, self.password or "")
+                context.load_cert_chain(self.cert, self.key, _VARIABLE.sub(_value, self.password or ""))
         except (OSError, ssl.SSLError) as error:
             hint = "" if self.password or not self.key else "; a password is never pickled"
             files = ", ".join(filter(None, (self.ca, self.cert, self.key)))
@@ -121,4 +125,13 @@ class TLS:
         return context
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "password": None}
+        return {**self.__dict__, "password": self.password if _VARIABLE.search(self.password or "") else None}
+
+
+def _value(match: re.Match[str]) -> str:
+    try:
+        return os.environ[match[1]]
+    except KeyError:
+        raise SpecError(
+            f"the password needs the environment variable {match[1]}, which is not set", path="tls"
+        ) from None

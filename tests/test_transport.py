@@ -7,6 +7,7 @@ import base64
 import contextlib
 import gc
 import os
+import pickle
 import socket
 import ssl
 import sys
@@ -24,6 +25,7 @@ import pytest
 import requests
 import trustme
 import uvloop
+from cryptography.hazmat.primitives import serialization
 from rawpeer import WAIT_S, Conversation, Message, Script, echoing, peer, read_head, unreachable, until
 
 from remote_ops.deadline import Deadline
@@ -986,3 +988,25 @@ def test_the_modules_of_requests_are_not_loaded_for_our_own_transport() -> None:
 
     code = "import sys, remote_ops; sys.exit('requests' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
+
+
+def test_the_password_of_a_key_is_read_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = trustme.CA().issue_cert("me@example.org")
+    plain = serialization.load_pem_private_key(mine.private_key_pem.bytes(), None)
+    locked = serialization.BestAvailableEncryption(b"s3cret")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    mine.cert_chain_pems[0].write_to_path(str(cert))
+    key.write_bytes(
+        plain.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, locked)
+    )
+    tls = TLS(cert=str(cert), key=str(key), password="${REMOTE_OPS_TEST_PASSWORD}")
+    monkeypatch.setenv("REMOTE_OPS_TEST_PASSWORD", "s3cret")
+    assert tls.context()
+    assert pickle.loads(pickle.dumps(tls)) == tls
+    assert pickle.loads(pickle.dumps(TLS(password="s3cret"))).password is None
+    monkeypatch.setenv("REMOTE_OPS_TEST_PASSWORD", "wrong")
+    with pytest.raises(SpecError, match="these certificates do not load"):
+        tls.context()
+    monkeypatch.delenv("REMOTE_OPS_TEST_PASSWORD")
+    with pytest.raises(SpecError, match="REMOTE_OPS_TEST_PASSWORD, which is not set"):
+        tls.context()

@@ -237,11 +237,8 @@ class _Peer:
         return (found,)
 
     def options(self) -> dict[str, Any]:
-        """What `Endpoint` takes besides the URLs."""
-        tls = self.tls
-        if tls is not None and tls.password:
-            tls = dataclasses.replace(tls, password=_VARIABLE.sub(_value_of, tls.password))
-        return {"timeout_s": self.timeout_s, "headers": dict(self.headers), "tls": tls, "retry": self.retry}
+        """What `Endpoint` and `remote_op` take besides the URLs."""
+        return {"timeout_s": self.timeout_s, "headers": dict(self.headers), "tls": self.tls, "retry": self.retry}
 
     def signature(self) -> Signature:
         """What the model takes and gives, asked of the server."""
@@ -258,13 +255,6 @@ class _Peer:
             "tls": self.tls and dataclasses.asdict(self.tls),
             "retry": dataclasses.asdict(self.retry),
         }
-
-
-def _value_of(match: re.Match[str]) -> str:
-    try:
-        return os.environ[match[1]]
-    except KeyError:
-        raise SpecError(f"the environment variable {match[1]} is not set", path="tls") from None
 
 
 # --------------------------------------------------------------------------- what goes in and out
@@ -385,7 +375,7 @@ def _tensorflow_call(peer: _Peer, config: bytes, pure: bool) -> _Call:
     from remote_ops.tf.ops import dtype_of, remote_op_multi, shape_of
 
     options: dict[str, Any] = {} if peer.variable is None else {"endpoint": peer.variable}
-    options |= {"timeout_s": peer.timeout_s, "headers": dict(peer.headers), "tls": peer.tls, "retry": peer.retry}
+    options |= peer.options()
     urls: Any = None if peer.urls is None else list(peer.urls)
 
     def call(face: _Face, values: dict[str, Tensor]) -> Sequence[Tensor]:
