@@ -1,0 +1,279 @@
+"""What stands in for the compiled op where no C++ compiler is: the same call by Python code in the graph.
+
+It gives the same answers and the same errors. It cannot be saved for another process, runs as many calls of a
+`tf.function` at once as TensorFlow has threads between ops, and does not end a call that is cancelled.
+
+State: endpoints, each with its connections, for the clients of this process, in a cache that locks itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from remote_ops.client import Endpoint
+from remote_ops.deadline import Deadline
+from remote_ops.errors import (
+    BadStatus,
+    ConnectError,
+    ConnectionLost,
+    DecodeError,
+    FramingError,
+    NotDifferentiable,
+    RemoteError,
+    RemoteOpsError,
+    SpecError,
+    answer_of,
+)
+from remote_ops.policy import Retry
+from remote_ops.signature import DTYPES, Array, Signature, TensorSpec
+from remote_ops.tf.failure import fail_if
+from remote_ops.tf.tensors import array_of
+from remote_ops.transport import HttpTransport
+from remote_ops.url import TLS
+
+__all__ = ["FallbackWarning", "call"]
+
+Tensor = Any  # tf.Tensor: tensorflow has no types that mypy reads
+
+
+class FallbackWarning(UserWarning):
+    """No C++ compiler is here, so remote ops run as Python code; says what that cannot do."""
+
+
+def call(
+    client: Any,
+    inputs: Sequence[Tensor],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    output_types: Sequence[tf.DType],
+    output_shapes: Sequence[tf.TensorShape],
+    config: str | bytes = b"",
+    *,
+    pure: bool = True,
+    timeout_s: float = 30.0,
+    on_error: str = "raise",
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """One call without a gradient: names and tensors in; the outputs, a status code and its words out.
+
+    Args:
+        client: who is called: `urls`, or `endpoint`, the name of an environment variable; `headers`, `tls`, `retry`.
+        pure: False has TensorFlow run it even where nobody uses its outputs.
+        timeout_s: seconds that a call may take in all, retries included.
+        on_error: `raise`; with anything else a fault is told by the code, which is 0 for none, and the outputs are
+            zeros, or for `nan` NaN, of the shape asked for, with 0 for every unknown size.
+
+    Raises:
+        tf.errors.OpError: when it runs; the classes of the compiled op.
+
+    Warns:
+        FallbackWarning: once per process.
+    """
+    _warn()
+    site = _Site.of(client, inputs, input_names, output_names, output_types, output_shapes, config, timeout_s, on_error)
+    run = _run_eagerly if tf.executing_eagerly() else _run_in_graph
+    raises = on_error == "raise"
+
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def once(*tensors: Tensor) -> Any:
+        outputs, code, message = run(site, tensors, list(output_types), list(output_shapes), pure=pure, raises=raises)
+        return [*outputs, code, message], _no_second_derivative
+
+    *outputs, code, message = once(*inputs)
+    return outputs, code, message
+
+
+def _no_second_derivative(*_: Any) -> Any:
+    raise NotDifferentiable(
+        "a remote model has no second derivative: expected one tape around it, got the gradient of a gradient; "
+        "put tf.stop_gradient around the first"
+    )
+
+
+@functools.cache
+def _warn() -> None:
+    warnings.warn(
+        "there is no C++ compiler here, so remote ops run as Python code in the graph: a SavedModel of them cannot be "
+        "loaded by another process, the calls of one tf.function run one or two at a time, and a cancelled call runs "
+        "on to its end; install g++ (apt-get install g++), or bring a library that 'python -m remote_ops.tf.build' "
+        "built for the same TensorFlow, in $REMOTE_OPS_CACHE/ops",
+        FallbackWarning,
+        stacklevel=3,
+    )
+
+
+# --------------------------------------------------------------------------- in TensorFlow
+
+
+def _run_eagerly(
+    site: _Site,
+    inputs: Sequence[Tensor],
+    types: list[tf.DType],
+    shapes: list[tf.TensorShape],
+    *,
+    pure: bool,
+    raises: bool,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    code, message, *arrays = site(*(array_of(tensor) for tensor in inputs))
+    if code and raises:
+        raise tf.compat.v1.errors.exception_type_from_error_code(int(code))(None, None, message.item().decode())
+    with tf.device("/CPU:0"):
+        outputs = [tf.constant(array, dtype) for array, dtype in zip(arrays, types, strict=True)]
+        return outputs, tf.constant(code), tf.constant(message.item())
+
+
+def _run_in_graph(
+    site: _Site,
+    inputs: Sequence[Tensor],
+    types: list[tf.DType],
+    shapes: list[tf.TensorShape],
+    *,
+    pure: bool,
+    raises: bool,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    if pure:
+        code, message, *found = tf.numpy_function(
+            lambda _, *values: site(*values), [_nonce(), *inputs], [tf.int32, tf.string, *types], stateful=False
+        )
+    else:
+        code, message, *found = tf.numpy_function(site, list(inputs), [tf.int32, tf.string, *types], stateful=True)
+    code.set_shape([])
+    message.set_shape([])
+    with tf.control_dependencies([fail_if(code, message)] if raises else []):
+        outputs = [tf.identity(tensor) for tensor in found]
+    for tensor, shape in zip(outputs, shapes, strict=True):
+        tensor.set_shape(shape)
+    return outputs, code, message
+
+
+def _nonce() -> Tensor:
+    """A number from an op with state: a call of constants is then not folded into one, nor two alike merged.
+
+    The call itself must be without state: TensorFlow runs those with state one after the other.
+    """
+    none, most = tf.constant([], tf.int32), tf.constant(2**31 - 1)
+    return tf.raw_ops.RandomUniformInt(shape=none, minval=tf.constant(0), maxval=most, seed=1, seed2=1)
+
+
+# --------------------------------------------------------------------------- over the wire
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A call site: what it sends and expects, as the signature that the server is held to."""
+
+    client: Any
+    signature: Signature
+    config: bytes
+    timeout_s: float
+    on_error: str
+
+    @classmethod
+    def of(
+        cls, client: Any, inputs: Sequence[Tensor], input_names: Sequence[str], output_names: Sequence[str],
+        types: Sequence[tf.DType], shapes: Sequence[tf.TensorShape], config: str | bytes, timeout_s: float,
+        on_error: str,
+    ) -> _Site:  # fmt: skip
+        """A call site of what the op is given."""
+        taken = [_spec("input", name, tensor.dtype, None) for name, tensor in zip(input_names, inputs, strict=True)]
+        given = [_spec("output", *row) for row in zip(output_names, types, shapes, strict=True)]
+        config = config.encode() if isinstance(config, str) else config
+        return cls(client, Signature(tuple(taken), tuple(given)), config, float(timeout_s), on_error)
+
+    def __call__(self, *values: Any) -> tuple[Any, ...]:
+        """Make the call: arrays in; a status code, its words, and the outputs out."""
+        names = [spec.name for spec in self.signature.outputs]
+        arrays = {spec.name: _array(value) for spec, value in zip(self.signature.inputs, values, strict=True)}
+        try:
+            found = self._endpoint().infer(arrays, names, config=self.config, deadline=Deadline.after(self.timeout_s))
+        except RemoteOpsError as error:
+            code, message = _status(error)
+            return np.int32(code), _text(message), *(self._filler(spec) for spec in self.signature.outputs)
+        return np.int32(0), _text(""), *(found[name] for name in names)
+
+    def _endpoint(self) -> Endpoint:
+        client = self.client
+        headers = tuple(dict(client.headers).items())
+        retry = getattr(client, "retry", None) or Retry(attempts=client.attempts)
+        return _endpoint(_urls(client), headers, client.tls, retry, self.signature)
+
+    def _filler(self, spec: TensorSpec) -> Array:
+        shape = [max(0, size) for size in spec.shape or (0,)] if spec.shape != () else ()
+        if spec.dtype == "string":
+            return np.full(shape, b"", object)
+        return np.full(shape, np.nan if self.on_error == "nan" and spec.is_float else 0, DTYPES[spec.dtype].numpy)
+
+
+def _spec(kind: str, name: str, dtype: tf.DType, shape: tf.TensorShape | None) -> TensorSpec:
+    if dtype.name not in DTYPES:
+        message = f"{kind} '{name}' is {dtype.name}, which has no form on the wire"
+        raise tf.errors.InvalidArgumentError(None, None, message)
+    known = shape is not None and tf.TensorShape(shape).rank is not None
+    return TensorSpec(name, dtype.name, tuple(-1 if n is None else n for n in tf.TensorShape(shape)) if known else None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _endpoint(urls: tuple[str, ...], headers: Any, tls: Any, retry: Retry, signature: Signature) -> Endpoint:
+    made = Endpoint(urls, math.inf, dict(headers), None, retry, _transport(tls))
+    made._signature = signature  # the op says what it sends and expects: nobody asks the server
+    return made
+
+
+@functools.lru_cache(maxsize=1024)
+def _transport(tls: TLS | None) -> HttpTransport:
+    """The connections that all call sites share."""
+    return HttpTransport(tls)
+
+
+def _urls(client: Any) -> tuple[str, ...]:
+    variable = getattr(client, "endpoint", None)
+    if not variable:
+        return tuple(client.urls)
+    if not os.environ.get(variable):
+        raise SpecError(f"the URL is in the environment variable {variable}, which is not set")
+    return (os.environ[variable],)
+
+
+def _array(value: Any) -> Array:
+    if isinstance(value, bytes):  # numpy drops NULs at the end
+        return _bytes(value)
+    return np.asarray(value)
+
+
+def _bytes(value: bytes) -> Array:
+    array: Array = np.empty((), object)
+    array[()] = value
+    return array
+
+
+def _text(message: str) -> Array:
+    return _bytes(message.encode())
+
+
+# --------------------------------------------------------------------------- faults
+
+_UNKNOWN, _UNAVAILABLE, _INTERNAL = 2, 14, 13
+_KNOWN = {3, 4, 5, 8, 12, 13, 14}
+_BY_STATUS: Mapping[int, int] = {401: 16, 403: 7, 404: 5, 501: 12}
+
+
+def _status(error: RemoteOpsError) -> tuple[int, str]:
+    """The status code of TensorFlow, and the words, for an error of ours: those of the compiled op."""
+    message = str(error)
+    if isinstance(error, RemoteError):
+        return (error.code, message) if error.code in _KNOWN else (_UNKNOWN, f"{message} (code {error.code})")
+    if isinstance(error, BadStatus):
+        return _BY_STATUS.get(error.status, 3 if 400 <= error.status < 500 else _INTERNAL), message
+    if isinstance(error, ConnectError | ConnectionLost):
+        return _UNAVAILABLE, message
+    if isinstance(error, DecodeError | FramingError):
+        return _INTERNAL, message
+    return answer_of(error).code, message
