@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import os
+import pickle
 import subprocess
 import sys
 import zipfile
@@ -252,6 +254,16 @@ def test_a_config_makes_an_equal_layer_with_the_server_down() -> None:
     restored = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(layer))
     assert restored.get_config() == config
     assert RemoteLayer.from_config(RemoteLayer(NOBODY).get_config()).get_config()["inputs"] is None
+    with pytest.raises(SpecError, match="a timeout is a number of seconds") as caught:
+        RemoteLayer.from_config({**config, "uri": f"{NOBODY}?key=hidden", "timeout_s": -1})
+    assert "hidden" not in str(caught.value)
+
+
+def test_a_layer_is_copied_and_pickled_with_its_model() -> None:
+    model = functional(RemoteLayer(NOBODY, **DECLARED, dtype="mixed_bfloat16"))
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), keras.models.clone_model(model)):
+        assert copied.layers[1].get_config() == model.layers[1].get_config()
+        assert copied.layers[1].dtype_policy.name == "mixed_bfloat16"
 
 
 def test_a_saved_model_loads_with_the_server_down_and_answers_alike(tmp_path: Path) -> None:
@@ -260,8 +272,6 @@ def test_a_saved_model_loads_with_the_server_down_and_answers_alike(tmp_path: Pa
         model.save(tmp_path / "m.keras")
         expected = model(X)
         np.testing.assert_allclose(keras.models.load_model(tmp_path / "m.keras")(X), expected, rtol=1e-6)
-        copied = keras.models.clone_model(model)
-        assert copied.layers[1].signature == model.layers[1].signature
     loaded = keras.models.load_model(tmp_path / "m.keras")
     assert loaded.output_shape == (None, 2)
     assert loaded.layers[1].signature.inputs[0].differentiable

@@ -206,7 +206,7 @@ class _Site:
         return _endpoint(_urls(client), headers, client.tls, retry, self.signature)
 
     def _filler(self, spec: TensorSpec) -> Array:
-        shape = [max(0, size) for size in spec.shape or (0,)] if spec.shape != () else ()
+        shape = (0,) if spec.shape is None else tuple(max(0, size) for size in spec.shape)
         if spec.dtype == "string":
             return np.full(shape, b"", object)
         return np.full(shape, np.nan if self.on_error == "nan" and spec.is_float else 0, DTYPES[spec.dtype].numpy)
