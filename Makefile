@@ -4,6 +4,8 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip -qq --disable-pip-version-check install
 PACKAGES := remote_ops ensemble server_ref
+# TensorFlow tells of its oneDNN build whatever the log level is, unless that is off.
+QUIET  := TF_CPP_MIN_LOG_LEVEL=2 TF_ENABLE_ONEDNN_OPTS=0
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -17,22 +19,24 @@ help: ## show this list
 $(VENV)/.run: pyproject.toml constraints.txt requirements-models.txt
 	@echo "== creating $(VENV) with $(PYTHON): the packages and what the examples need (minutes the first time)"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@$(PIP) -c constraints.txt -e '.[torch,onnx,server]' magika
+	@$(PIP) -c constraints.txt -e '.[torch,tf-cpu,onnx,server]' magika
 	@$(PIP) --no-deps -r requirements-models.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run requirements-dev.txt requirements-peers.txt
 	@echo "== adding to $(VENV) what the tests and checks need"
-	@$(PIP) -c constraints.txt -r requirements-dev.txt -e '.[torch,onnx,server]'
+	@$(PIP) -c constraints.txt -r requirements-dev.txt -e '.[torch,tf-cpu,onnx,server]'
 	@$(PIP) --no-deps -r requirements-peers.txt
 	@touch $@
 
 venv: $(VENV)/.dev ## create or refresh .venv
 
-demo: $(VENV)/.run ## call a trained model; then train through one
+demo: $(VENV)/.run ## call a trained model; then train through one, from torch and from TensorFlow
 	@$(PY) examples/01_quickstart.py
 	@echo
 	@$(PY) examples/02_train_through_remote.py
+	@echo
+	@$(QUIET) $(PY) examples/04_tf_graph.py
 
 test: check fast slow peers ## everything CI runs: checks, then the three groups of tests
 

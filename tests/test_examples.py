@@ -1,4 +1,4 @@
-"""The second and third example: they run anywhere, and say so if what they show does not hold."""
+"""The examples from the second on: they run anywhere, and say so if what they show does not hold."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ pytest.importorskip("torch")
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "examples" / "02_train_through_remote.py"
 PARALLEL = ROOT / "examples" / "03_parallel_branches.py"
+TF_GRAPH = ROOT / "examples" / "04_tf_graph.py"
+SAME_NOTES = ROOT / "examples" / "05_same_notes.py"
 
 pytestmark = pytest.mark.slow
 
@@ -65,6 +67,35 @@ def test_branches_example_votes_for_the_best_model(tmp_path: Path) -> None:
     assert votes["north"] > 90
 
 
-@pytest.mark.parametrize("script", [TRAIN, PARALLEL])
+def test_tensorflow_example_learns_a_chord_and_the_keys_of_a_mixed_up_piano(tmp_path: Path) -> None:
+    pytest.importorskip("tensorflow")
+    done = run(Path(shutil.copy(TF_GRAPH, tmp_path)), tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    strength = {name: float(value) for name, value in re.findall(r"^  ([A-G]) (\d\.\d+)", done.stdout, re.MULTILINE)}
+    assert sorted(sorted(strength, key=strength.__getitem__)[-4:]) == ["B", "C", "E", "G"]
+    assert "asked for C D E F G A B, the Keras model plays C D E F G A B" in done.stdout
+
+
+def test_tensorflow_example_exits_with_1_if_nothing_is_learned_through_the_remote_model(tmp_path: Path) -> None:
+    pytest.importorskip("tensorflow")
+    wrong = changed(TF_GRAPH, 'remote_op(url, sound[None, :, None], output_name="note")',
+                    'tf.stop_gradient(remote_op(url, sound[None, :, None], output_name="note")) + 0 * strength[0]',
+                    tmp_path)  # fmt: skip
+    wrong.write_text(wrong.read_text("utf-8").replace("steps=30", "steps=2").replace("epochs=12", "epochs=1"))
+    done = run(wrong, tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("what was learned through the remote model is not what was to be learned")
+
+
+def test_one_network_as_onnx_and_as_a_saved_model_hears_the_notes_that_were_played(tmp_path: Path) -> None:
+    pytest.importorskip("tensorflow")
+    pytest.importorskip("onnxruntime")
+    done = run(Path(shutil.copy(SAME_NOTES, tmp_path)), tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = re.findall(r"^([A-G]#?\d) +([\d.]+) to ([\d.]+) s +\1 +\2 to \3 s$", done.stdout, re.MULTILINE)
+    assert [name for name, _, _ in rows] == ["C4", "E4", "C5", "G4"]
+
+
+@pytest.mark.parametrize("script", [TRAIN, PARALLEL, TF_GRAPH, SAME_NOTES])
 def test_examples_stay_short(script: Path) -> None:
     assert len(script.read_text("utf-8").splitlines()) <= 130
