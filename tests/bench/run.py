@@ -6,6 +6,7 @@ import codec
 import exchange
 import memory
 import real_model
+import tf_ops
 import torch_gpu
 import torch_layer
 from timing import hardware
@@ -15,7 +16,7 @@ def main() -> None:
     """Print every figure, with the hardware and the commit."""
     print(hardware())
     print(f"{'':58} {'ours':>14} {'bare twin':>14} {'ratio':>8}", flush=True)
-    for bench in (codec, exchange, real_model, memory, torch_layer, torch_gpu):
+    for bench in (codec, exchange, real_model, memory, torch_layer, torch_gpu, tf_ops):
         bench.main()
 
 
