@@ -8,6 +8,7 @@ State: the op, registered once, under `_LOCK`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import threading
@@ -46,7 +47,8 @@ def _define() -> Any:
     add_input = _c("TF_OpDefinitionBuilderAddInput", None, _POINTER, ctypes.c_char_p)
     add_input(builder, b"code: int32")
     add_input(builder, b"message: uint8")
-    _c(_SET_IS_COMMUNICATION, _POINTER, _POINTER)(builder)
+    with contextlib.suppress(AttributeError):  # a TensorFlow that calls it otherwise: then it says INTERNAL
+        _c(_SET_IS_COMMUNICATION, _POINTER, _POINTER)(builder)
     status = _c("TF_NewStatus", _POINTER)()
     _c("TF_RegisterOpDefinition", None, _POINTER, _POINTER)(builder, status)
     _check(status)
