@@ -515,26 +515,26 @@ class Loop {
 
 namespace {
 
-// The loops of this process; never destroyed, since their threads never end. A forked child makes its own.
+// The loops of one process; never destroyed, since their threads never end. A forked child makes its own.
 struct Loops {
+  explicit Loops(pid_t owner) : owner(owner) {}
+
+  const pid_t owner;
   std::mutex mutex;
   std::vector<std::unique_ptr<Loop>> loops;
 
   static Loops& Mine() {
     static std::atomic<Loops*> mine{nullptr};
-    static std::atomic<pid_t> owner{0};
     static std::once_flag once;
     std::call_once(once, [] { curl_global_init(CURL_GLOBAL_DEFAULT); });
     const pid_t pid = getpid();
     Loops* found = mine.load();
-    if (found != nullptr && owner.load() == pid) return *found;
-    Loops* made = new Loops;
-    if (mine.compare_exchange_strong(found, made)) {
-      owner.store(pid);
-      return *made;
+    while (found == nullptr || found->owner != pid) {
+      Loops* made = new Loops(pid);
+      if (mine.compare_exchange_strong(found, made)) return *made;
+      delete made;  // another thread was first: `found` is now its
     }
-    delete made;
-    return *mine.load();
+    return *found;
   }
 
   // The first that has nothing to do, so that calls one after the other share a connection; else the least busy.
