@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import trustme
-from rawpeer import Conversation, Message, peer, unreachable, until
+from rawpeer import Conversation, Message, peer, serving, unreachable, until
 from tfpeer import MATRIX, ROOT, echo, mix, python, scaled
 
 import server_ref
 from remote_ops import FunctionServable, Retry, SignatureError, SpecError, TensorSpec
+from remote_ops.deadline import deadline
+from remote_ops.errors import DeadlineExceeded
 from remote_ops.graphpipe import decode_request, encode_error, encode_response
 from remote_ops.url import TLS
 
@@ -156,7 +158,40 @@ def test_a_misfit_is_refused_before_anything_is_sent(served: Callable[[str], str
     with pytest.raises(SignatureError, match="no output 'z'"):
         remote_op(served("mix"), X, output_name="z")
     with pytest.raises(SignatureError, match=r"missing 'n' \(int64 \[\]\), 'w'"):
-        remote_op(served("scaled"), X[0])
+        remote_op_multi(served("scaled"), [X[0]])
+
+
+def test_a_name_that_is_nearly_right_is_suggested(served: Callable[[str], str]) -> None:
+    x = tf.constant([1.0])
+    with pytest.raises(SignatureError, match="no input 'ww': expected x, n, w; did you mean 'w'"):
+        remote_op_multi(served("scaled"), [x, 3, x], ["x", "n", "ww"])
+    with pytest.raises(SignatureError, match=r"no output 'totl'.*did you mean 'total'"):
+        remote_op_multi(served("scaled"), [x, 3, x], output_names=["totl"])
+
+
+def test_one_output_of_several_is_not_chosen_for_you(served: Callable[[str], str]) -> None:
+    words = "outputs 'product', 'total': name one with output_name, or call remote_op_multi"
+    with pytest.raises(SignatureError, match=words):
+        remote_op(served("scaled"), tf.constant([1.0]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"on_error": "ignore"}, "expected 'raise' or 'status', got 'ignore' - at on_error"),
+        ({"timeout_s": 0}, "above 0, got 0 - at timeout_s"),
+        ({"timeout_s": tf.constant([1.0, 2.0])}, r"expected a scalar tensor, got float32 \(2,\) - at timeout_s"),
+        ({"endpoint": "RANKER_URL"}, "got both - at uri"),
+        ({"uri": None}, "got neither - at uri"),
+        ({"uri": None, "endpoint": "no name"}, "name of an environment variable, got 'no name'"),
+        ({"retry": 3}, r"expected a Retry\(...\), got a int"),
+        ({"tls": "ca.pem"}, r"expected a TLS\(...\), got a str"),
+        ({"headers": "Authorization"}, "expected a dict of names and values, got a str"),
+    ],
+)
+def test_a_wrong_argument_is_refused_at_once(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        ask(**{"url": arguments.pop("uri", "http://127.0.0.1:1/m"), **arguments})
 
 
 # --------------------------------------------------------------------------- gradients
@@ -228,6 +263,47 @@ def save(url: str, folder: Path, **options: Any) -> None:
             return remote_op_multi(url, [x, tf.constant(3, tf.int64), x], ["x", "n", "w"], ["product"], **options)[0]
 
     tf.saved_model.save(Module(), str(folder))
+
+
+FAILED = """
+import sys, numpy as np, tensorflow as tf
+tf.load_op_library(sys.argv[1])
+f = tf.saved_model.load(sys.argv[2]).f
+x = tf.constant([1.0, 2.0])
+with tf.GradientTape() as tape:
+    tape.watch(x)
+    y, code, message = f(x)
+print(code.numpy(), y.numpy().tolist(), tape.gradient(y, x).numpy().tolist(), message.numpy().decode())
+"""
+
+
+@pytest.mark.slow
+def test_a_saved_model_holds_neither_url_nor_token_and_sees_its_faults(
+    served: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANKER_URL", served("scaled"))
+    monkeypatch.setenv("RANKER_TOKEN", "a-token-that-is-secret")
+
+    class Module(tf.Module):  # type: ignore[misc]
+        @tf.function(input_signature=[tf.TensorSpec((None,), tf.float32)])
+        def f(self, x: Any) -> Any:
+            (product, _), status = remote_op_multi(
+                None, [x, tf.constant(3, tf.int64), x], endpoint="RANKER_URL", on_error="status",
+                headers={"Authorization": "Bearer ${RANKER_TOKEN}"},
+            )  # fmt: skip
+            return product, status.code, status.message
+
+    tf.saved_model.save(Module(), str(tmp_path / "saved"))
+    saved = b"".join(path.read_bytes() for path in (tmp_path / "saved").rglob("*") if path.is_file())
+    assert b"RANKER_URL" in saved
+    assert b"${RANKER_TOKEN}" in saved
+    for secret in (served("scaled"), served("").removeprefix("http://").rstrip("/"), "a-token-that-is-secret"):
+        assert secret.encode() not in saved
+    done = python(FAILED, str(op_library()), str(tmp_path / "saved"))
+    assert done.stdout.strip() == "0 [3.0, 6.0] [3.0, 3.0]", done.stderr[-2000:]
+    monkeypatch.setenv("RANKER_URL", "http://127.0.0.1:1/scaled")
+    done = python(FAILED, str(op_library()), str(tmp_path / "saved"))
+    assert done.stdout.startswith("14 [nan, nan] [0.0, 0.0] cannot connect"), done.stderr[-2000:]
 
 
 @pytest.mark.slow
@@ -422,6 +498,99 @@ def test_a_chunked_answer_and_one_that_ends_with_the_connection_are_read() -> No
             assert ask(server.url).numpy().tolist() == X.tolist()
 
 
+# --------------------------------------------------------------------------- faults that the graph sees
+
+
+KINDS = [tf.float32, tf.float64, tf.float16, tf.bfloat16, tf.dtypes.experimental.float8_e5m2, tf.int64, tf.bool,
+         tf.string, tf.uint8]  # fmt: skip
+
+
+def test_with_status_a_failed_call_gives_outputs_that_stand_for_it() -> None:
+    words = {"output_types": KINDS, "output_shapes": [[None, 2, None]] * 2 + [[3]] + [None] * 6}
+
+    def call(x: Any) -> Any:
+        names = [dtype.name for dtype in KINDS]
+        return remote_op_multi(server.url, [3, x], ["n", "x"], names, on_error="status", **words)
+
+    with peer(answering(encode_error(8, "queue full"), "429 Too Many Requests")) as server:
+        for function in (call, tf.function(call)):
+            outputs, status = function(tf.constant(X))
+            assert status.code.numpy() == tf.errors.RESOURCE_EXHAUSTED
+            assert status.message.numpy().decode() == f"queue full - from {server.url}"
+            shapes = [tuple(output.shape) for output in outputs]
+            assert shapes == [(3, 2, 0), (3, 2, 0), (3,), (), (), (), (), (), ()]
+            assert np.isnan(outputs[2].numpy()).all()
+            assert all(np.isnan(tf.cast(output, tf.float32).numpy()) for output in outputs[3:5])
+            assert [output.numpy() for output in outputs[5:]] == [0, False, b"", 0]
+
+
+def test_with_status_a_call_that_goes_well_says_so_and_every_fault_has_its_code() -> None:
+    with peer(answering(OK)) as server:
+        output, status = ask(server.url, on_error="status")
+        assert (status.code.numpy(), status.message.numpy()) == (0, b"")
+        np.testing.assert_array_equal(output, X)
+        output, status = remote_op(server.url, X, "x", "y", tf.float32, [None, 5], on_error="status")
+        assert status.code.numpy() == tf.errors.INTERNAL
+        assert "breaks the model's own signature" in status.message.numpy().decode()
+        assert output.shape == (3, 5)
+        assert np.isnan(output).all()
+    with peer(silent) as server:
+        _, status = ask(server.url, timeout_s=0.1, on_error="status")
+        assert status.code.numpy() == tf.errors.DEADLINE_EXCEEDED
+    _, status = ask(None, endpoint="REMOTE_OPS_NOT_SET", on_error="status")
+    assert status.code.numpy() == tf.errors.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("pure", [True, False])
+def test_with_status_the_gradient_of_a_failed_call_is_zero_and_asks_nobody(pure: bool) -> None:
+    requests: list[Any] = []
+
+    def answer(conversation: Conversation, request: Message) -> None:
+        requests.append(decode_request(request.body))
+        if broken.is_set():
+            conversation.answer(encode_error(13, "it broke"), "500 Internal")
+        else:
+            count = len(requests[-1].output_names)
+            conversation.answer(b"".join(encode_response([2 * requests[-1].tensors[0]] * count)))
+
+    def gradient(x: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y, status = remote_op(server.url, x, pure=pure, on_error="status")
+        return tape.gradient(y, x), status.code
+
+    broken = threading.Event()
+    with peer(serving(mix().signature, answer)) as server:
+        for function in (gradient, tf.function(gradient)):
+            broken.clear()
+            found, code = function(tf.constant(X))
+            assert code.numpy() == 0
+            np.testing.assert_array_equal(found, 2 * X)
+            assert requests.pop().output_names == ("gradient:x",)
+            requests.clear()
+            broken.set()
+            found, code = function(tf.constant(X))
+            assert code.numpy() == tf.errors.INTERNAL
+            np.testing.assert_array_equal(found, np.zeros_like(X))
+            assert [request.output_names for request in requests] == [("y",)]
+            requests.clear()
+
+
+def test_with_status_a_gradient_that_fails_is_an_error_all_the_same() -> None:
+    def answer(conversation: Conversation, request: Message) -> None:
+        if b"gradient:x" in request.body:
+            conversation.answer(encode_error(12, "no gradient today"), "501 Not Implemented")
+        else:
+            conversation.answer(OK)
+
+    with peer(serving(mix().signature, answer)) as server, tf.GradientTape() as tape:
+        x = tf.constant(X)
+        tape.watch(x)
+        y, _ = remote_op(server.url, x, on_error="status")
+        with pytest.raises(tf.errors.UnimplementedError, match="no gradient today"):
+            tape.gradient(y, x)
+
+
 # --------------------------------------------------------------------------- time
 
 
@@ -446,6 +615,40 @@ def test_a_deadline_holds_in_every_phase() -> None:
         ask(url, timeout_s=0.25)
 
 
+def test_the_timeout_of_a_call_may_be_a_tensor() -> None:
+    with peer(silent) as server:
+        function = tf.function(lambda timeout_s: ask(server.url, timeout_s=timeout_s))
+        for call in (function, lambda timeout_s: ask(server.url, timeout_s=timeout_s)):
+            with pytest.raises(tf.errors.DeadlineExceededError, match=r"in 0\.2\d\d s"):
+                call(tf.constant(0.2, tf.float64))
+        assert len(function._list_all_concrete_functions()) == 1
+        with pytest.raises(tf.errors.InvalidArgumentError, match="timeout_s: expected one number of seconds"):
+            function(tf.constant(np.nan, tf.float64))
+
+
+def test_the_ambient_deadline_shortens_an_eager_call_and_its_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    with peer(silent) as server:
+        with deadline(0.2), pytest.raises(tf.errors.DeadlineExceededError, match=r"in 0\.[12]\d\d s"):
+            ask(server.url)
+        with deadline(0.0), pytest.raises(tf.errors.DeadlineExceededError, match="waiting to be sent"):
+            ask(server.url)
+        with deadline(0.2), pytest.raises(DeadlineExceeded, match="no answer from"):
+            remote_op(server.url, X)
+        with pytest.raises(DeadlineExceeded, match=r"no answer from .* in 0\.2\d\d s"):
+            remote_op(server.url, X, timeout_s=0.2)
+
+
+def test_the_waits_between_sendings_are_those_of_the_retry() -> None:
+    with peer(answering(b"", "503 Unavailable")) as server:
+        since = time.monotonic()
+        with pytest.raises(tf.errors.UnavailableError):
+            ask(server.url, retry=Retry(attempts=200, base_s=0.0))
+        assert time.monotonic() - since < 5  # with the usual waits it would be minutes
+        with pytest.raises(tf.errors.UnavailableError):
+            ask(server.url, retry=Retry(attempts=200, base_s=100.0, max_s=0.0))
+        assert time.monotonic() - since < 10
+
+
 def test_retries_end_with_the_deadline() -> None:
     with peer(answering(b"", "503 Unavailable")) as server:
         since = time.monotonic()
@@ -457,9 +660,9 @@ def test_retries_end_with_the_deadline() -> None:
 # --------------------------------------------------------------------------- giving up
 
 
-def cancelled(server_url: str, wait: Callable[[], object]) -> None:
+def cancelled(server_url: str, wait: Callable[[], object], **options: Any) -> None:
     manager = cancellation.CancellationManager()
-    function = tf.function(lambda x: ask(server_url, x)).get_concrete_function(tf.TensorSpec((3, 4)))
+    function = tf.function(lambda x: ask(server_url, x, **options)).get_concrete_function(tf.TensorSpec((3, 4)))
     run = manager.get_cancelable_function(function)
     caught: list[BaseException] = []
 
@@ -480,9 +683,10 @@ def cancelled(server_url: str, wait: Callable[[], object]) -> None:
     assert isinstance(caught[0], tf.errors.CancelledError)
 
 
-def test_a_cancelled_call_ends_at_once_and_closes_its_connection() -> None:
+@pytest.mark.parametrize("on_error", ["raise", "status"])
+def test_a_cancelled_call_ends_at_once_and_closes_its_connection(on_error: str) -> None:
     with peer(silent) as server:
-        cancelled(server.url, lambda: until(lambda: server.open == 1))
+        cancelled(server.url, lambda: until(lambda: server.open == 1), on_error=on_error)
         assert until(lambda: server.open == 0)
 
 
@@ -535,6 +739,48 @@ def test_a_header_is_read_from_the_environment_at_each_call(monkeypatch: pytest.
             function(tf.constant(X))
     with pytest.raises(SpecError, match="'Authorization' has a literal value"):
         ask("http://127.0.0.1:1/m", headers={"Authorization": "Bearer secret"})
+
+
+def test_the_url_is_read_from_the_environment_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def numbered(number: float) -> Script:
+        return answering(b"".join(encode_response([np.float32([number])])))
+
+    def call(x: Any) -> Any:
+        return remote_op(None, x, "x", "y", tf.float32, endpoint="RANKER_URL", retry=ONE)
+
+    function = tf.function(call)
+    monkeypatch.delenv("RANKER_URL", raising=False)
+    for ask_it in (call, function):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=r"environment variable RANKER_URL.* is not set"):
+            ask_it(tf.constant(X))
+    with peer(numbered(1)) as one, peer(numbered(2)) as two:
+        for server, number in ((one, 1), (two, 2), (one, 1)):
+            monkeypatch.setenv("RANKER_URL", f"{server.url}?key=secret")
+            assert [float(ask_it(tf.constant(X))[0]) for ask_it in (call, function)] == [number] * 2
+        monkeypatch.setenv("RANKER_URL", f" {one.url}  {two.url}")
+        assert {float(function(tf.constant(X))[0]) for _ in range(4)} == {1, 2}
+    monkeypatch.setenv("RANKER_URL", f"{one.url}?key=secret")
+    with pytest.raises(tf.errors.UnavailableError, match=rf"cannot connect .* - at {one.url}") as caught:
+        function(tf.constant(X))
+    assert "secret" not in caught.value.message
+    monkeypatch.setenv("RANKER_URL", "ftp://elsewhere")
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match=r"RANKER_URL holds no URL of a model: .*'ftp://elsewhere'"
+    ):
+        function(tf.constant(X))
+
+
+def test_metadata_comes_from_where_the_variable_says(
+    served: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANKER_URL", raising=False)
+    with pytest.raises(SpecError, match=r"environment variable RANKER_URL, .* is not set: set it, or give names"):
+        remote_op(None, X, endpoint="RANKER_URL")
+    monkeypatch.setenv("RANKER_URL", served("mix"))
+    np.testing.assert_allclose(remote_op(None, X, endpoint="RANKER_URL"), np.sin(X) @ MATRIX, rtol=1e-6)
+    monkeypatch.setenv("RANKER_URL", "http://[::1]:9000/m")
+    with pytest.raises(SpecError, match=r"variable RANKER_URL holds .*no IPv6"):
+        remote_op(None, X, endpoint="RANKER_URL")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from remote_ops.errors import RemoteOpsError
 
-__all__ = ["BuildError", "op_library"]
+__all__ = ["BuildError", "CompilerMissing", "op_library"]
 
 KERNEL = Path(__file__).parent / "kernel"
 SOURCES = ("remote_op.cc", "http.cc")
@@ -32,13 +32,18 @@ class BuildError(RemoteOpsError):
     """The kernel of the TensorFlow ops could not be built here."""
 
 
+class CompilerMissing(BuildError):
+    """There is no compiler to build it with; `fallback` can do without the kernel."""
+
+
 def op_library() -> Path:
     """The path of the built kernel, for `tf.load_op_library`; builds it if this TensorFlow has none yet.
 
     It is kept in `$REMOTE_OPS_CACHE/ops`, else `~/.cache/remote-ops/ops`; `$CXX` names another compiler than g++.
 
     Raises:
-        BuildError: there is no compiler, or it failed; with what it said.
+        CompilerMissing: there is no compiler, and nobody has built it before.
+        BuildError: the compiler failed; with what it said.
 
     Costs about ten seconds the first time, and the import of tensorflow.
     """
@@ -94,7 +99,7 @@ def _locked(path: Path) -> Iterator[None]:
 def _compiler() -> list[str]:
     wanted = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     if shutil.which(wanted[0]) is None:
-        raise BuildError(
+        raise CompilerMissing(
             f"the TensorFlow ops are built on first use, with a C++ compiler: expected '{wanted[0]}' on the PATH, got "
             "none; install g++ (apt-get install g++), name one with CXX=..., or bring a library that "
             "'python -m remote_ops.tf.build' built for the same TensorFlow, in $REMOTE_OPS_CACHE/ops"

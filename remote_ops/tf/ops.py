@@ -1,210 +1,35 @@
 """`remote_op` and `remote_op_multi`: a remote model as an op, in eager mode, `tf.function`, SavedModel and `tf.data`.
 
-They say what the kernel is to send and expect; what goes over the wire, the kernel does. Here metadata is fetched, once
-per address, and gradients are spelled out: `tf.custom_gradient` goes into a SavedModel, so whoever loads one needs no
-more than `tf.load_op_library(remote_ops.tf.op_library())`.
+They are the faces: `client` says who is called, `callsite` makes the ops, `kernel/` sends.
 
-State: the loaded library, once, under `_LOCK`; the known signatures, by operations that are atomic in CPython.
+State: the call sites last used, for half a minute each, in `_SITES`, which has its own lock.
 """
 
 from __future__ import annotations
 
-import functools
-import re
-import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+import os
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from remote_ops.client import Endpoint
-from remote_ops.deadline import Deadline
-from remote_ops.errors import NotDifferentiable, SignatureError, SpecError
+from remote_ops.deadline import Deadline, within
+from remote_ops.errors import SignatureError, SpecError
 from remote_ops.policy import Retry
-from remote_ops.signature import DTYPES, Signature, TensorSpec
-from remote_ops.tf.library import op_library
-from remote_ops.url import TLS, Url
+from remote_ops.tf.callsite import CallSite, Status, call, dtype_of, shape_of
+from remote_ops.tf.client import Client, Kept, check_length
+from remote_ops.tf.rawop import load_ops
+from remote_ops.url import TLS
 
-__all__ = ["Client", "call", "dtype_of", "load_ops", "remote_op", "remote_op_multi", "shape_of"]
+__all__ = ["Client", "Status", "call", "dtype_of", "load_ops", "remote_op", "remote_op_multi", "shape_of"]
 
 Tensor = Any  # tf.Tensor: tensorflow has no types that mypy reads
-_LOCK = threading.Lock()
-_SIGNATURES: dict[Client, Signature] = {}
-_VARIABLE = re.compile(r"\$\{[A-Za-z_][A-Za-z0-9_]*\}")
-
-
-def load_ops() -> Any:
-    """The module of the raw ops; builds the kernel first if need be.
-
-    Raises:
-        BuildError: it could not be built.
-    """
-    with _LOCK:
-        return _load()
-
-
-@functools.cache
-def _load() -> Any:
-    ops = tf.load_op_library(str(op_library()))
-    for name in ("RemoteOpsInfer", "RemoteOpsInferOrdered"):
-        tf.RegisterGradient(name)(_no_second_derivative)
-    return ops
-
-
-def _no_second_derivative(op: Any, *gradients: Any) -> Any:
-    raise NotDifferentiable(
-        "a remote model has no second derivative: expected one tape around it, got the gradient of a gradient; "
-        "put tf.stop_gradient around the first"
-    )
-
-
-# --------------------------------------------------------------------------- who is called
-
-
-@dataclass(frozen=True)
-class Client:
-    """Who is called, and how: what a graph holds of an endpoint.
-
-    Args:
-        urls: of the replicas, one or more.
-        headers: names and values; a value names environment variables as `${NAME}`, which are read at each call.
-        tls: whom https trusts, and who we are.
-        timeout_s: seconds that a call may take in all, retries included.
-        connect_timeout_s, attempt_timeout_s: seconds that connecting and one sending may take; None for no own limit.
-        attempts: sendings in all, 1 or more.
-
-    Raises:
-        SpecError: an argument is wrong, or a header has a literal value, which everybody could read in the graph.
-    """
-
-    urls: tuple[str, ...]
-    headers: tuple[tuple[str, str], ...] = ()
-    tls: TLS | None = None
-    timeout_s: float = 30.0
-    connect_timeout_s: float | None = None
-    attempt_timeout_s: float | None = None
-    attempts: int = 3
-
-    def __post_init__(self) -> None:
-        if not self.urls:
-            raise SpecError("an op needs at least one URL: got none", path="uri")
-        for url in self.urls:
-            Url.parse(url)
-        for name, length in (
-            ("timeout_s", self.timeout_s),
-            ("connect_timeout_s", self.connect_timeout_s),
-            ("attempt_timeout_s", self.attempt_timeout_s),
-        ):
-            if length is not None and not length > 0:
-                raise SpecError(f"expected a number of seconds above 0, got {length!r}", path=name)
-        Deadline.after(self.timeout_s)
-        for name, value in self.headers:
-            if not isinstance(value, str) or not _VARIABLE.search(value):
-                raise SpecError(
-                    f"header '{name}' has a literal value, which everybody could read in the graph: write it as "
-                    "'${NAME}', to be read from the environment at each call",
-                    path="headers",
-                )
-        if self.tls is not None and self.tls.password and not _VARIABLE.search(self.tls.password):
-            raise SpecError("the password of a key would stand in the graph: write it as '${NAME}'", path="tls")
-
-    @classmethod
-    def of(cls, uri: str | Sequence[str], headers: Mapping[str, str] | None, retry: Retry, **options: Any) -> Client:
-        """A client from what `remote_op` takes."""
-        urls = tuple(uri) if isinstance(uri, list | tuple) else (uri,)
-        return cls(urls, tuple((headers or {}).items()), attempts=retry.attempts, **options)
-
-    @property
-    def signature(self) -> Signature:
-        """What the model takes and gives; asked of the server once per process."""
-        found = _SIGNATURES.get(self)
-        if found is None:
-            with Endpoint(list(self.urls), self.timeout_s, dict(self.headers), self.tls) as endpoint:
-                found = _SIGNATURES.setdefault(self, endpoint.signature)
-        return found
-
-    def handle(self, *, pure: bool) -> Tensor:
-        """What stands for it in a graph, a new one for each call site."""
-        tls = self.tls or TLS()
-        return load_ops().remote_ops_client(
-            urls=list(self.urls),
-            header_names=[name for name, _ in self.headers],
-            header_values=[value for _, value in self.headers],
-            ca=tls.ca or "",
-            cert=tls.cert or "",
-            key=tls.key or "",
-            key_password=tls.password or "",
-            verify=tls.verify,
-            kind=tf.variant if pure else tf.resource,
-        )
-
-
-# --------------------------------------------------------------------------- the raw op
-
-
-def dtype_of(spec: TensorSpec) -> tf.DType:
-    """The tensorflow dtype of a spec.
-
-    Raises:
-        SpecError: the peer does not say which, or tensorflow has none.
-    """
-    row = DTYPES.get(spec.dtype)
-    try:
-        return tf.string if spec.dtype == "string" else tf.dtypes.as_dtype(row.numpy if row else "none")
-    except TypeError:
-        raise SpecError(f"'{spec.name}' is {spec}: expected a dtype that tensorflow has; give output_type") from None
-
-
-def shape_of(spec: TensorSpec) -> tf.TensorShape:
-    """The tensorflow shape of a spec."""
-    return tf.TensorShape(None if spec.shape is None else [None if size == -1 else size for size in spec.shape])
-
-
-def call(
-    client: Client,
-    inputs: Sequence[Tensor],
-    input_names: Sequence[str],
-    output_names: Sequence[str],
-    output_types: Sequence[tf.DType],
-    output_shapes: Sequence[tf.TensorShape],
-    config: str | bytes = b"",
-    *,
-    pure: bool = True,
-) -> list[Tensor]:
-    """One call as one op, without a gradient: names and tensors in, tensors out.
-
-    Args:
-        pure: False has TensorFlow run it even where nobody uses its outputs.
-
-    Raises:
-        tf.errors.OpError: when it runs. Unavailable, DeadlineExceeded, Cancelled, ResourceExhausted (the server is
-            overloaded), InvalidArgument, NotFound, Unimplemented (no gradient), Internal; with the URL and the words of
-            the server.
-    """
-    ops = load_ops()
-    infer = ops.remote_ops_infer if pure else ops.remote_ops_infer_ordered
-    outputs = infer(
-        client=client.handle(pure=pure),
-        inputs=list(inputs),
-        output_types=list(output_types),
-        output_shapes=list(output_shapes),
-        input_names=list(input_names),
-        output_names=list(output_names),
-        config=config,
-        timeout_s=client.timeout_s,
-        connect_timeout_s=client.connect_timeout_s or 0.0,
-        attempt_timeout_s=client.attempt_timeout_s or 0.0,
-        retries=client.attempts - 1,
-    )
-    return list(outputs)
-
-
-# --------------------------------------------------------------------------- the two faces
+_SITES: Kept[CallSite] = Kept(256, age_s=30.0)
 
 
 def remote_op(
-    uri: str | Sequence[str],
+    uri: str | Sequence[str] | None,
     inp: Any,
     input_name: str | None = None,
     output_name: str | None = None,
@@ -212,50 +37,59 @@ def remote_op(
     output_shape: Any = None,
     config: str | bytes = "",
     *,
-    timeout_s: float = 30.0,
+    endpoint: str | None = None,
+    timeout_s: Any = 30.0,
     headers: Mapping[str, str] | None = None,
     tls: TLS | None = None,
     retry: Retry = Retry(),  # noqa: B008 (immutable)
     pure: bool = True,
-) -> Tensor:
+    on_error: str = "raise",
+) -> Any:
     """Call a model that has, or for which you name, one input and one output.
 
     Args:
-        uri: `http://`, `https://` or `http+unix://%2Fpath.sock/model`; a list of them for replicas.
+        uri: `http://`, `https://` or `http+unix://%2Fpath.sock/model`; a list of them for replicas. None if `endpoint`
+            is given.
         inp: a tensor, or what tensorflow makes one of.
-        input_name, output_name: the model's first input and first output unless said.
+        input_name, output_name: the model's only input and only output unless said.
         output_type, output_shape: what the model's metadata says unless said; sizes may be None. With names and dtype
             given, the server is not asked for metadata, and the shape is unknown unless said.
         config: handed to the model.
-        timeout_s: seconds that a call may take in all, retries included.
+        endpoint: the environment variable that holds the URL, several separated by spaces. It is read at each call, so
+            that no URL stands in a graph.
+        timeout_s: seconds that a call may take in all, retries included; a number, or a scalar tensor. In eager mode an
+            enclosing `with deadline(...)` shortens it.
         headers: sent with every request; a value must name environment variables as `${NAME}`.
         tls: whom https trusts, and who we are. Paths go into the graph, a password must be `${NAME}`.
-        retry: how often a call that failed for a passing reason is sent again.
+        retry: how often a call that failed for a passing reason is sent again, to another replica if there is one.
         pure: False has TensorFlow run the call even where nobody uses its output.
+        on_error: `raise`, or `status`: then a call that fails gives an output all the same, and says so beside it.
 
     Returns:
-        The output, differentiable with respect to `inp` as far as the model is.
+        The output, differentiable with respect to `inp` as far as the model is. With `status` `(output, Status)`; where
+        the call failed the output is NaN, 0, False or "" throughout, of the declared shape: an open axis 0 is as long
+        as that of the first input that has one, other open axes are 0, an unknown shape is a scalar; its gradients are
+        zeros, and no request is made for them.
 
     Raises:
         SpecError, SignatureError: an argument is wrong; at once.
         RemoteOpsError: the metadata cannot be had; at once.
-        tf.errors.OpError: the call failed; when it runs.
+        tf.errors.OpError: the call failed; when it runs. With `status` only where the function was cancelled, or where
+            the request for a gradient failed.
     """
-    found = remote_op_multi(
-        uri,
-        [inp],
+    outputs, status = _ask(
+        uri, [inp],
         None if input_name is None else [input_name],
         None if output_name is None else [output_name],
         None if output_type is None else [output_type],
         None if output_shape is None else [output_shape],
-        config,
-        timeout_s=timeout_s, headers=headers, tls=tls, retry=retry, pure=pure,
+        config, endpoint, timeout_s, headers, tls, retry, pure, on_error, single=True,
     )  # fmt: skip
-    return found[0]
+    return outputs[0] if on_error == "raise" else (outputs[0], status)
 
 
 def remote_op_multi(
-    uri: str | Sequence[str],
+    uri: str | Sequence[str] | None,
     inputs: Sequence[Any],
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
@@ -263,167 +97,93 @@ def remote_op_multi(
     output_shapes: Sequence[Any] | None = None,
     config: str | bytes = "",
     *,
-    timeout_s: float = 30.0,
+    endpoint: str | None = None,
+    timeout_s: Any = 30.0,
     headers: Mapping[str, str] | None = None,
     tls: TLS | None = None,
     retry: Retry = Retry(),  # noqa: B008 (immutable)
     pure: bool = True,
-) -> list[Tensor]:
-    """Call a model by names: the outputs asked for (all unless said), in that order. The rest is as for `remote_op`."""
-    client = Client.of(uri, headers, retry, tls=tls, timeout_s=timeout_s)
-    op = _Op.of(client, list(inputs), input_names, output_names, output_types, output_shapes, config, pure)
-    tensors = op.tensors(inputs)
-    with tf.name_scope("remote_op"):
-        return op.differentiable(tensors)
+    on_error: str = "raise",
+) -> Any:
+    """Call a model by names: a list of the outputs asked for (all unless said), in that order.
+
+    With `on_error="status"` it gives `(outputs, Status)`. The rest is as for `remote_op`.
+    """
+    outputs, status = _ask(
+        uri, inputs, input_names, output_names, output_types, output_shapes,
+        config, endpoint, timeout_s, headers, tls, retry, pure, on_error, single=False,
+    )  # fmt: skip
+    return outputs if on_error == "raise" else (outputs, status)
 
 
-@dataclass(frozen=True)
-class _Op:
-    """One call site: the inputs and outputs of a call, as specs."""
-
-    client: Client
-    inputs: tuple[TensorSpec, ...]
-    output_names: tuple[str, ...]
-    types: tuple[tf.DType, ...]
-    shapes: tuple[tf.TensorShape, ...]
-    config: str | bytes
-    pure: bool
-    knows_gradients: bool
-
-    @classmethod
-    def of(
-        cls,
-        client: Client,
-        values: Sequence[Any],
-        input_names: Sequence[str] | None,
-        output_names: Sequence[str] | None,
-        types: Sequence[Any] | None,
-        shapes: Sequence[Any] | None,
-        config: str | bytes,
-        pure: bool,
-    ) -> _Op:
-        """Fill in what is not given from the model's metadata."""
-        _same_length("input_names", input_names, values, "inputs")
-        _same_length("output_types", types, output_names, "output_names")
-        _same_length("output_shapes", shapes, output_names, "output_names")
-        if None in (input_names, output_names, types):
-            return cls._by_metadata(client, values, input_names, output_names, types, shapes, config, pure)
-        return cls(
-            client,
-            tuple(TensorSpec(name, "any", None, differentiable=True) for name in input_names or ()),
-            tuple(output_names or ()),
-            tuple(tf.dtypes.as_dtype(dtype) for dtype in types or ()),
-            tuple(tf.TensorShape(shape) for shape in shapes or [None] * len(types or ())),
-            config,
-            pure,
-            False,
-        )
-
-    @classmethod
-    def _by_metadata(
-        cls, client: Client, values: Sequence[Any], input_names: Any, output_names: Any, types: Any, shapes: Any,
-        config: str | bytes, pure: bool,
-    ) -> _Op:  # fmt: skip
-        signature, at = client.signature, Url.parse(client.urls[0]).text
-        if input_names is None:
-            input_names = [spec.name for spec in signature.inputs][: len(values)]
-        taken = {spec.name: spec for spec in signature.inputs}
-        for name in input_names:
-            if name not in taken:
-                raise SignatureError(
-                    f"no input '{name}': expected {', '.join(taken)}", name=name, expected=", ".join(taken), at=at
-                )
-        missing = [f"'{name}' ({spec})" for name, spec in taken.items() if name not in input_names]
-        if missing or len(input_names) != len(values):
-            raise SignatureError(
-                f"expected {len(taken)} inputs, got {len(values)}: missing {', '.join(missing) or 'names'}",
-                expected=str(len(taken)), got=str(len(values)), at=at,
-            )  # fmt: skip
-        wanted = signature.select_outputs(output_names, at=at)
-        _same_length("output_types", types, wanted, "outputs")
-        _same_length("output_shapes", shapes, wanted, "outputs")
-        return cls(
-            client,
-            tuple(taken[name] for name in input_names),
-            tuple(spec.name for spec in wanted),
-            tuple(map(tf.dtypes.as_dtype, types)) if types else tuple(map(dtype_of, wanted)),
-            tuple(map(tf.TensorShape, shapes)) if shapes else tuple(map(shape_of, wanted)),
-            config,
-            pure,
-            True,
-        )
-
-    # calls
-
-    def tensors(self, values: Sequence[Any]) -> list[Tensor]:
-        """The inputs as tensors that fit."""
-        return [self._tensor(spec, value) for spec, value in zip(self.inputs, values, strict=True)]
-
-    def _tensor(self, spec: TensorSpec, value: Any) -> Tensor:
-        if spec.dtype == "any":
-            return tf.convert_to_tensor(value)
-        dtype, at = dtype_of(spec), Url.parse(self.client.urls[0]).text
+def _ask(
+    uri: Any, inputs: Sequence[Any], input_names: Any, output_names: Any, types: Any, shapes: Any,
+    config: str | bytes, endpoint: str | None, timeout_s: Any, headers: Any, tls: TLS | None, retry: Retry, pure: bool,
+    on_error: str, *, single: bool,
+) -> tuple[list[Tensor], Status]:  # fmt: skip
+    timeout_s = _timeout(timeout_s)
+    if on_error not in ("raise", "status"):
+        raise SpecError(f"expected 'raise' or 'status', got {on_error!r}", path="on_error")
+    if not isinstance(inputs, list | tuple):
+        raise SpecError(f"expected a list of tensors, got a {type(inputs).__name__}", path="inputs")
+    key = _key(
+        uri, (endpoint, os.environ.get(endpoint) if isinstance(endpoint, str) else None), len(inputs), input_names,
+        output_names, types, shapes, config, headers, tls, retry, bool(pure), on_error, single,
+    )  # fmt: skip
+    site = _SITES.get(key)
+    if site is not None:
         try:
-            tensor = tf.convert_to_tensor(value) if hasattr(value, "dtype") else tf.convert_to_tensor(value, dtype)
-        except (TypeError, ValueError) as error:
-            raise SignatureError(
-                f"input '{spec.name}': expected {spec}, got a {type(value).__name__} that is no such tensor ({error})",
-                name=spec.name, expected=str(spec), got=type(value).__name__, at=at,
-            ) from error  # fmt: skip
-        if tensor.dtype != dtype or not shape_of(spec).is_compatible_with(tensor.shape):
-            got = f"{tensor.dtype.name} {tensor.shape}"
-            raise SignatureError(
-                f"input '{spec.name}': expected {spec}, got {got}", name=spec.name, expected=str(spec), got=got, at=at
-            )
-        return tensor
+            return site(inputs, timeout_s)
+        except SignatureError:
+            if not site.client.forget():  # else the model may be another by now
+                raise
+    # What a call takes in all bounds the request for metadata: call sites are alike whatever that is.
+    client = Client.of(uri, headers, retry, tls=tls, timeout_s=math.inf, endpoint=endpoint)
 
-    def differentiable(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs, with a gradient that comes over the wire."""
+    def made() -> CallSite:
+        site = CallSite.of(
+            client, len(inputs), input_names, output_names, types, shapes,
+            single=single, config=config, pure=bool(pure), on_error=on_error,
+        )  # fmt: skip
+        return _SITES.put(key, site)
 
-        @tf.custom_gradient  # type: ignore[untyped-decorator]
-        def forward(*tensors: Tensor) -> Any:
-            outputs = self.outputs(tensors)
-
-            def backward(*cotangents: Tensor) -> list[Tensor | None]:
-                return self.gradients(tensors, cotangents)
-
-            return outputs, backward
-
-        found = forward(*tensors)
-        return list(found) if isinstance(found, list | tuple) else [found]
-
-    def outputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        names = [spec.name for spec in self.inputs]
-        return call(
-            self.client, tensors, names, self.output_names, self.types, self.shapes, self.config, pure=self.pure
-        )
-
-    def gradients(self, tensors: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor | None]:
-        """The vector-Jacobian product; None for inputs that have no gradient.
-
-        A model that differentiates nothing is asked all the same: its answer says so by name.
-        """
-        floats = [i for i, tensor in enumerate(tensors) if tensor.dtype.is_floating]
-        wanted = [i for i in floats if self.inputs[i].differentiable] or floats
-        given = [i for i, dtype in enumerate(self.types) if dtype.is_floating and cotangents[i] is not None]
-        found: list[Tensor | None] = [None] * len(tensors)
-        if not wanted or not given:
-            return found
-        gradients = call(
-            self.client,
-            [*tensors, *(tf.cast(cotangents[i], self.types[i]) for i in given)],
-            [*(spec.name for spec in self.inputs), *(f"cotangent:{self.output_names[i]}" for i in given)],
-            [f"gradient:{self.inputs[i].name}" for i in wanted],
-            [tensors[i].dtype for i in wanted],
-            [tensors[i].shape for i in wanted],
-            self.config,
-            pure=self.pure,
-        )
-        for index, gradient in zip(wanted, gradients, strict=True):
-            found[index] = gradient
-        return found
+    with within(Deadline.after(_seconds(timeout_s))):
+        try:
+            return made()(inputs, timeout_s)
+        except SignatureError:
+            if not client.forget():
+                raise
+            return made()(inputs, timeout_s)
 
 
-def _same_length(name: str, given: Sequence[Any] | None, other: Sequence[Any] | None, what: str) -> None:
-    if given is not None and other is not None and len(given) != len(other):
-        raise SpecError(f"expected as many as {what}, {len(other)}: got {len(given)}", path=name)
+def _timeout(timeout_s: Any) -> Any:
+    """A number above 0, or a scalar tensor of float32."""
+    if not tf.is_tensor(timeout_s):
+        check_length("timeout_s", timeout_s)
+        return timeout_s
+    if not timeout_s.shape.is_compatible_with([]) or not (timeout_s.dtype.is_floating or timeout_s.dtype.is_integer):
+        raise SpecError(f"expected a scalar tensor, got {timeout_s.dtype.name} {timeout_s.shape}", path="timeout_s")
+    return tf.cast(timeout_s, tf.float32)
+
+
+def _seconds(timeout_s: Any) -> float:
+    """What the request for metadata may take: a tensor of a graph has no value yet."""
+    if not tf.is_tensor(timeout_s):
+        return float(timeout_s)
+    return max(0.0, float(timeout_s)) if tf.executing_eagerly() else 30.0
+
+
+def _key(*arguments: Any) -> Hashable:
+    """What call sites that are alike have in common; what has no hash is like nothing else."""
+    key = tuple(map(_frozen, arguments))
+    try:
+        hash(key)
+    except TypeError:
+        return object()
+    return key
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(_frozen, value))
+    return tuple(value.items()) if isinstance(value, Mapping) else value

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdio>
 #include <random>
+#include <sstream>
 #include <thread>
 #include <unordered_map>
 
@@ -19,7 +20,6 @@ namespace {
 
 constexpr long kUploadBytes = 1 << 20, kReceiveBytes = 1 << 19;
 constexpr uint64_t kMaxBodyBytes = uint64_t{1} << 31;
-constexpr double kBaseWaitS = 0.05, kMaxWaitS = 2.0;
 constexpr double kForeverS = 1e9;
 constexpr size_t kLoops = 4;
 
@@ -30,6 +30,9 @@ Clock::duration Length(double seconds) {
 long Milliseconds(double seconds) {
   return static_cast<long>(std::ceil(std::max(0.001, std::min(seconds, kForeverS / 1e3)) * 1e3));
 }
+
+// A limit of 0 is none.
+double AtMost(double limit, double seconds) { return limit > 0 ? std::min(limit, seconds) : seconds; }
 
 std::string Fixed(double seconds) {
   char text[32];
@@ -190,7 +193,7 @@ bool AllSent(const Call& call) { return call.piece == call.pieces.size(); }
 Failure OfTimeout(const Call& call, const char* phase) {
   const Instant now = Clock::now();
   const std::string said = "no answer from " + call.url().text + " in " + Fixed(Seconds(now - call.started)) + " (attempt " +
-                           std::to_string(call.attempt) + " of " + std::to_string(call.attempts) + ", " +
+                           std::to_string(call.attempt) + " of " + std::to_string(call.policy().attempts) + ", " +
                            Fixed(Seconds(now - call.sent)) + " " + phase + ")";
   return {kDeadlineExceeded, said, now < call.deadline};
 }
@@ -249,7 +252,7 @@ size_t GiveBody(char* into, size_t size, size_t count, void* context) {
 // curl sends the request again where a kept connection turned out to be closed; not if it may be sent only once.
 int Rewind(void* context, curl_off_t offset, int origin) {
   auto* call = static_cast<Call*>(context);
-  if (offset != 0 || origin != SEEK_SET || (call->attempts == 1 && (call->piece || call->offset))) return CURL_SEEKFUNC_FAIL;
+  if (offset != 0 || origin != SEEK_SET || (call->policy().attempts == 1 && (call->piece || call->offset))) return CURL_SEEKFUNC_FAIL;
   call->piece = call->offset = 0;
   return CURL_SEEKFUNC_OK;
 }
@@ -344,7 +347,7 @@ class Loop {
     }
     for (auto& call : started) waiting_.emplace(call->next, std::move(call));
     for (auto& call : given_up) {
-      if (!call->over) End(call, Final(kCancelled, "the call to " + call->target->urls[0].text + " was cancelled"));
+      if (!call->over) End(call, Final(kCancelled, "the call to " + call->urls->front().text + " was cancelled"));
     }
   }
 
@@ -409,8 +412,8 @@ class Loop {
   void SetOptions(Call* call, double left) {
     CURL* easy = call->easy;
     const Url& url = call->url();
-    const double attempt = call->attempt_timeout_s > 0 ? std::min(call->attempt_timeout_s, left) : left;
-    const double connect = call->connect_timeout_s > 0 ? std::min(call->connect_timeout_s, attempt) : attempt;
+    const double attempt = AtMost(call->policy().attempt_timeout_s, left);
+    const double connect = AtMost(call->policy().connect_timeout_s, attempt);
     curl_easy_setopt(easy, CURLOPT_URL, url.curl.c_str());
     curl_easy_setopt(easy, CURLOPT_PROTOCOLS_STR, "http,https");
     curl_easy_setopt(easy, CURLOPT_PROXY, "");
@@ -478,8 +481,9 @@ class Loop {
 
   // Seconds until the next attempt, with full jitter; -1 if there is none.
   double RetryAfter(const Call& call) {
-    if (call.attempt >= call.attempts) return -1;
-    const double longest = std::min(kMaxWaitS, kBaseWaitS * std::exp2(call.attempt - 1));
+    const Policy& policy = call.policy();
+    if (call.attempt >= policy.attempts) return -1;
+    const double longest = std::min(policy.max_s, policy.base_s * std::exp2(call.attempt - 1));
     const double wait = std::uniform_real_distribution<double>(0, longest)(random_);
     return Clock::now() + Length(wait) < call.deadline ? wait : -1;
   }
@@ -577,6 +581,36 @@ void Drop(Call* call) { --call->loop->load; }
 void Cancel(const std::shared_ptr<Call>& call) { call->loop->Put(call, true); }
 
 // --------------------------------------------------------------------------- URLs
+
+Places::Places(const std::vector<std::string>& urls, std::string variable) : variable_(std::move(variable)) {
+  if (urls.empty() == variable_.empty()) throw std::invalid_argument("expected either urls or endpoint");
+  auto parsed = std::make_shared<std::vector<Url>>();
+  for (const std::string& url : urls) parsed->push_back(Url::Parse(url));
+  urls_ = std::move(parsed);
+}
+
+Urls Places::Now() const {
+  if (variable_.empty()) return urls_;
+  const char* found = std::getenv(variable_.c_str());
+  const std::string text = found ? found : "";
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (text == read_ && !urls_->empty()) return urls_;
+  auto parsed = std::make_shared<std::vector<Url>>();
+  std::istringstream words(text);
+  for (std::string url; words >> url;) {
+    try {
+      parsed->push_back(Url::Parse(url));
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument("the environment variable " + variable_ + " holds " + error.what());
+    }
+  }
+  if (parsed->empty()) {
+    throw std::invalid_argument("the environment variable " + variable_ + ", which is to hold the URL of the model, is not set");
+  }
+  read_ = text;
+  urls_ = std::move(parsed);
+  return urls_;
+}
 
 Url Url::Parse(const std::string& full) {
   Url url;

@@ -73,11 +73,43 @@ struct Tls {
   bool verify = true;
 };
 
+using Urls = std::shared_ptr<const std::vector<Url>>;
+
+// Where the calls of a client go: to fixed URLs, or to what an environment variable holds, separated by spaces.
+class Places {
+ public:
+  Places() = default;
+  // Throws std::invalid_argument.
+  Places(const std::vector<std::string>& urls, std::string variable);
+
+  // The URLs of a call that begins now; a variable is read each time, and parsed when it has changed. Throws
+  // std::invalid_argument.
+  Urls Now() const;
+  // For messages.
+  std::string text() const { return variable_.empty() ? urls_->front().text : "${" + variable_ + "}"; }
+
+ private:
+  std::string variable_;
+  mutable std::mutex mutex_;  // guards the rest, which is constant where there is no variable
+  mutable std::string read_;
+  mutable Urls urls_;
+};
+
+// How often a call is sent, and how long one sending may take. 0 seconds: only the call's own deadline holds.
+struct Policy {
+  int attempts = 3;
+  double base_s = 0.05, max_s = 2.0;  // the longest wait before the second sending, which doubles, and before any
+  double connect_timeout_s = 0, attempt_timeout_s = 0;
+};
+
 // What all calls of one client share.
 struct Target {
-  std::vector<Url> urls;
+  Places places;
   std::vector<std::pair<std::string, std::string>> headers;  // values may name environment variables as ${NAME}
   Tls tls;
+  Policy policy;
+
+  Target(const std::vector<std::string>& urls, std::string variable) : places(urls, std::move(variable)) {}
 };
 
 // Bytes that grow without being cleared first.
@@ -121,9 +153,9 @@ class Loop;
 // the loop's thread.
 struct Call {
   std::shared_ptr<const Target> target;
+  Urls urls;
   std::vector<std::string_view> pieces;  // the request's body, in order
-  double timeout_s = 30, connect_timeout_s = 0, attempt_timeout_s = 0;  // 0: only the first holds
-  int attempts = 3;
+  double timeout_s = 30;
   std::function<void()> done;
 
   Failure failure;
@@ -143,7 +175,8 @@ struct Call {
   size_t piece = 0, offset = 0;
   bool too_large = false;
   char curl_error[CURL_ERROR_SIZE] = {};
-  const Url& url() const { return target->urls[(turn + attempt - 1) % target->urls.size()]; }
+  const Url& url() const { return (*urls)[(turn + attempt - 1) % urls->size()]; }
+  const Policy& policy() const { return target->policy; }
 };
 
 // The life of a call: `Begin` starts its clock and gives it a loop; then `Start` hands it over, or `Drop` lets it be.

@@ -1,8 +1,12 @@
 // The ops: a model at a URL as one node of a TensorFlow graph.
 //
-//   RemoteOpsClient()                     -> client       who is called: URLs, names of headers, whom https trusts
-//   RemoteOpsInfer(client, inputs)        -> outputs      one call; TensorFlow may drop it if nobody uses its outputs
-//   RemoteOpsInferOrdered(client, inputs) -> outputs      the same; TensorFlow keeps it
+//   RemoteOpsClient()               -> client                    who is called, and how often it is tried
+//   RemoteOpsInfer(client,          -> outputs, code, message    one call; TensorFlow may drop it if nobody uses its outputs
+//                  timeout_s,
+//                  inputs)
+//   RemoteOpsInferOrdered(...)      -> ...                       the same; TensorFlow keeps it
+//
+// These signatures stand in the graphs that users have saved: what is added has a default, and nothing is taken away.
 //
 // TensorFlow runs stateful ops with the same client one after the other, and side by side those that have different
 // ones: each call site makes its own. A client costs nothing; connections belong to the process. Whatever takes a
@@ -10,6 +14,7 @@
 // output of a stateful op keeps it from being folded as a constant, or merged with another.
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <memory>
 #include <string>
@@ -116,8 +121,8 @@ bool MayBeFloat(tf::DataType dtype) {
 
 class Client : public tf::ResourceBase {
  public:
-  explicit Client(Target target) : target(std::make_shared<const Target>(std::move(target))) {}
-  std::string DebugString() const override { return "remote_ops client of " + target->urls[0].text; }
+  explicit Client(std::unique_ptr<const Target> target) : target(std::move(target)) {}
+  std::string DebugString() const override { return "remote_ops client of " + target->places.text(); }
   const std::shared_ptr<const Target> target;
 };
 
@@ -133,9 +138,18 @@ struct ClientValue {
 class ClientOp : public tf::OpKernel {
  public:
   explicit ClientOp(tf::OpKernelConstruction* ctx) : tf::OpKernel(ctx) {
-    Target target;
     std::vector<std::string> urls, names, values;
+    std::string endpoint;
     OP_REQUIRES_OK(ctx, ctx->GetAttr("urls", &urls));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("endpoint", &endpoint));
+    std::unique_ptr<Target> made;
+    try {
+      made = std::make_unique<Target>(urls, endpoint);
+    } catch (const std::invalid_argument& error) {
+      ctx->CtxFailure(StatusOf(kInvalidArgument, error.what()));
+      return;
+    }
+    Target& target = *made;
     OP_REQUIRES_OK(ctx, ctx->GetAttr("header_names", &names));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("header_values", &values));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("ca", &target.tls.ca));
@@ -150,13 +164,23 @@ class ClientOp : public tf::OpKernel {
       OP_REQUIRES(ctx, plain, StatusOf(kInvalidArgument, "no header of this name can be set: '" + names[i] + "'"));
       target.headers.emplace_back(names[i], values[i]);
     }
-    try {
-      for (const std::string& url : urls) target.urls.push_back(Url::Parse(url));
-    } catch (const std::invalid_argument& error) {
-      ctx->CtxFailure(StatusOf(kInvalidArgument, error.what()));
-      return;
-    }
-    client_.reset(new Client(std::move(target)));
+    SetPolicy(ctx, &target.policy);
+    client_.reset(new Client(std::move(made)));
+  }
+
+  static void SetPolicy(tf::OpKernelConstruction* ctx, Policy* policy) {
+    float base_s, max_s, connect_timeout_s, attempt_timeout_s;
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("attempts", &policy->attempts));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("retry_base_s", &base_s));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("retry_max_s", &max_s));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("connect_timeout_s", &connect_timeout_s));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("attempt_timeout_s", &attempt_timeout_s));
+    const bool usable = base_s >= 0 && max_s >= 0 && connect_timeout_s >= 0 && attempt_timeout_s >= 0;
+    OP_REQUIRES(ctx, usable, StatusOf(kInvalidArgument, "a length of time is a number of seconds, 0 or more"));
+    policy->base_s = base_s;
+    policy->max_s = max_s;
+    policy->connect_timeout_s = connect_timeout_s;
+    policy->attempt_timeout_s = attempt_timeout_s;
   }
 
   void Compute(tf::OpKernelContext* ctx) override {
@@ -186,23 +210,21 @@ struct Job : Call {
 class InferOp : public tf::AsyncOpKernel {
  public:
   explicit InferOp(tf::OpKernelConstruction* ctx) : tf::AsyncOpKernel(ctx) {
+    std::string on_error;
     OP_REQUIRES_OK(ctx, ctx->GetAttr("input_names", &input_names_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("output_names", &output_names_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("output_types", &output_types_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("output_shapes", &output_shapes_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("config", &config_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("timeout_s", &timeout_s_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("connect_timeout_s", &connect_timeout_s_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("attempt_timeout_s", &attempt_timeout_s_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("retries", &retries_));
-    OP_REQUIRES(ctx, input_names_.empty() || static_cast<int>(input_names_.size()) == ctx->num_inputs() - 1,
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("on_error", &on_error));
+    raises_ = on_error == "raise";
+    OP_REQUIRES(ctx, input_names_.empty() || static_cast<int>(input_names_.size()) == ctx->num_inputs() - kFirst,
                 StatusOf(kInvalidArgument, "expected as many input_names as inputs, or none"));
     OP_REQUIRES(ctx, output_shapes_.size() == output_types_.size(),
                 StatusOf(kInvalidArgument, "expected as many output_shapes as output_types"));
     OP_REQUIRES(ctx, output_names_.empty() || output_names_.size() == output_types_.size(),
                 StatusOf(kInvalidArgument, "expected as many output_names as output_types, or none"));
-    OP_REQUIRES(ctx, timeout_s_ > 0, StatusOf(kInvalidArgument, "timeout_s: expected a number above 0"));
-    for (int i = 1; i < ctx->num_inputs(); ++i) CheckType(ctx, "input", NameAt(input_names_, i - 1), ctx->input_type(i));
+    for (int i = kFirst; i < ctx->num_inputs(); ++i) CheckType(ctx, "input", NameAt(input_names_, i - kFirst), ctx->input_type(i));
     for (size_t i = 0; i < output_types_.size(); ++i) CheckType(ctx, "output", NameAt(output_names_, i), output_types_[i]);
   }
 
@@ -210,7 +232,7 @@ class InferOp : public tf::AsyncOpKernel {
     auto job = std::make_shared<Job>();
     const absl::Status status = Prepare(ctx, job.get());
     if (!status.ok()) {
-      ctx->SetStatus(status);
+      ctx->SetStatus(Report(ctx, status));
       return done();
     }
     tf::CancellationManager* cancellation = ctx->cancellation_manager();
@@ -220,11 +242,7 @@ class InferOp : public tf::AsyncOpKernel {
     job->done = [this, ctx, done, cancellation, token, workers, weak = std::weak_ptr<Job>(job)] {
       workers->Schedule([this, ctx, done, cancellation, token, job = weak.lock()] {
         if (cancellation) cancellation->DeregisterCallback(token);
-        if (job->failure.code == kOk) {
-          ctx->SetStatus(Outputs(ctx, *job));
-        } else {
-          ctx->SetStatus(StatusOf(job->failure.code, job->failure.message));
-        }
+        ctx->SetStatus(Finish(ctx, *job));
         done();
       });
     };
@@ -232,7 +250,7 @@ class InferOp : public tf::AsyncOpKernel {
     std::shared_ptr<Call> shared = job;
     Begin(call);
     if (cancellation && !cancellation->RegisterCallback(token, [shared] { Cancel(shared); })) {
-      ctx->SetStatus(StatusOf(kCancelled, "the call to " + job->target->urls[0].text + " was cancelled"));
+      ctx->SetStatus(StatusOf(kCancelled, "the call to " + job->urls->front().text + " was cancelled"));
       Drop(call);
       return done();
     }
@@ -240,6 +258,8 @@ class InferOp : public tf::AsyncOpKernel {
   }
 
  private:
+  static constexpr int kFirst = 2;  // the first of the model's inputs
+
   static std::string NameAt(const std::vector<std::string>& names, size_t i) {
     return names.empty() ? std::to_string(i) : names[i];
   }
@@ -260,13 +280,16 @@ class InferOp : public tf::AsyncOpKernel {
       if (!client.ok()) return client.status();
       job->target = (*client)->target;
     }
-    job->timeout_s = timeout_s_;
-    job->connect_timeout_s = connect_timeout_s_;
-    job->attempt_timeout_s = attempt_timeout_s_;
-    job->attempts = 1 + std::max(0, retries_);
+    if (!tf::TensorShapeUtils::IsScalar(ctx->input(1).shape()) || std::isnan(ctx->input(1).scalar<float>()())) {
+      return StatusOf(kInvalidArgument, "timeout_s: expected one number of seconds");
+    }
+    job->timeout_s = ctx->input(1).scalar<float>()();
     if (ctx->deadline()) job->timeout_s = std::min(job->timeout_s, absl::ToDoubleSeconds(*ctx->deadline() - absl::Now()));
     try {
+      job->urls = job->target->places.Now();
       Encode(ctx, job);
+    } catch (const std::invalid_argument& error) {
+      return StatusOf(kInvalidArgument, error.what());
     } catch (const std::length_error& error) {
       return StatusOf(kInvalidArgument, error.what());
     }
@@ -276,7 +299,7 @@ class InferOp : public tf::AsyncOpKernel {
   void Encode(tf::OpKernelContext* ctx, Job* job) {
     std::vector<graphpipe::Outgoing> tensors;
     job->blobs.reserve(ctx->num_inputs());
-    for (int i = 1; i < ctx->num_inputs(); ++i) {
+    for (int i = kFirst; i < ctx->num_inputs(); ++i) {
       const tf::Tensor& input = ctx->input(i);
       job->inputs.push_back(input);
       graphpipe::Outgoing tensor;
@@ -298,22 +321,90 @@ class InferOp : public tf::AsyncOpKernel {
     }
   }
 
+  // The end of a call: its outputs are set where it went well, or where the graph is to see what went wrong.
+  absl::Status Finish(tf::OpKernelContext* ctx, const Job& job) {
+    if (job.failure.code != kOk) return Report(ctx, StatusOf(job.failure.code, job.failure.message));
+    std::vector<tf::Tensor> outputs;
+    const absl::Status status = Outputs(ctx, job, &outputs);
+    return status.ok() ? Set(ctx, outputs, status) : Report(ctx, status);
+  }
+
+  // An error, or outputs that stand for it; a function that was given up wants to hear of it in any case.
+  absl::Status Report(tf::OpKernelContext* ctx, const absl::Status& failure) {
+    if (raises_ || failure.code() == absl::StatusCode::kCancelled) return failure;
+    std::vector<tf::Tensor> outputs(output_types_.size());
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      tf::TensorShape shape;
+      TF_RETURN_IF_ERROR(StandInShape(ctx, output_shapes_[i], &shape));
+      TF_RETURN_IF_ERROR(ctx->allocate_temp(output_types_[i], shape, &outputs[i]));
+      FillStandIn(&outputs[i]);
+    }
+    return Set(ctx, outputs, failure);
+  }
+
+  static absl::Status Set(tf::OpKernelContext* ctx, const std::vector<tf::Tensor>& outputs, const absl::Status& status) {
+    const int count = static_cast<int>(outputs.size());
+    for (int i = 0; i < count; ++i) ctx->set_output(i, outputs[i]);
+    tf::Tensor *code = nullptr, *message = nullptr;
+    TF_RETURN_IF_ERROR(ctx->allocate_output(count, {}, &code));
+    TF_RETURN_IF_ERROR(ctx->allocate_output(count + 1, {}, &message));
+    code->scalar<int32_t>()() = static_cast<int32_t>(status.code());
+    message->scalar<tf::tstring>()() = std::string(status.message());
+    return {};
+  }
+
+  // The declared shape; an open axis 0 is as long as that of the first input that has one, other open axes are empty.
+  // A shape of unknown rank is a scalar, which goes with all.
+  static absl::Status StandInShape(tf::OpKernelContext* ctx, const tf::PartialTensorShape& declared, tf::TensorShape* shape) {
+    for (int axis = 0; axis < std::max(0, declared.dims()); ++axis) {
+      int64_t size = declared.dim_size(axis);
+      if (size < 0) size = axis == 0 ? Rows(ctx) : 0;
+      TF_RETURN_IF_ERROR(shape->AddDimWithStatus(size));
+    }
+    return {};
+  }
+
+  static int64_t Rows(tf::OpKernelContext* ctx) {
+    for (int i = kFirst; i < ctx->num_inputs(); ++i) {
+      if (ctx->input(i).dims() > 0) return ctx->input(i).dim_size(0);
+    }
+    return 0;
+  }
+
+  static void FillStandIn(tf::Tensor* out) {
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    if (out->dtype() == tf::DT_STRING) return;
+    if (out->dtype() == tf::DT_DOUBLE) {
+      out->flat<double>().setConstant(nan);
+    } else if (out->dtype() == tf::DT_FLOAT) {
+      out->flat<float>().setConstant(nan);
+    } else if (out->dtype() == tf::DT_HALF) {
+      out->flat<Eigen::half>().setConstant(static_cast<Eigen::half>(nan));
+    } else if (MayBeFloat(out->dtype())) {
+      const std::vector<float> nans(static_cast<size_t>(out->NumElements()), nan);
+      CastFromFloat({reinterpret_cast<const char*>(nans.data()), 4 * nans.size()}, out);
+    } else if (out->TotalBytes()) {
+      std::memset(out->data(), 0, out->TotalBytes());
+    }
+  }
+
   // Checks the answer against what was asked for, and copies it out.
-  absl::Status Outputs(tf::OpKernelContext* ctx, const Job& job) {
+  absl::Status Outputs(tf::OpKernelContext* ctx, const Job& job, std::vector<tf::Tensor>* outputs) {
     const std::string from = " - from " + job.url().text;
     const auto& tensors = job.response.tensors;
     if (tensors.size() != output_types_.size()) {
       return StatusOf(kInternal, "expected " + std::to_string(output_types_.size()) + " outputs, got " +
                                      std::to_string(tensors.size()) + from);
     }
+    outputs->resize(tensors.size());
     for (size_t i = 0; i < tensors.size(); ++i) {
-      const absl::Status status = Output(ctx, tensors[i], static_cast<int>(i), from);
-      if (!status.ok()) return status;
+      TF_RETURN_IF_ERROR(Output(ctx, tensors[i], i, from, &(*outputs)[i]));
     }
     return {};
   }
 
-  absl::Status Output(tf::OpKernelContext* ctx, const graphpipe::Incoming& tensor, int i, const std::string& from) {
+  absl::Status Output(tf::OpKernelContext* ctx, const graphpipe::Incoming& tensor, size_t i, const std::string& from,
+                      tf::Tensor* out) {
     const tf::DataType dtype = output_types_[i];
     const bool is_cast = tensor.type == 10 && MayBeFloat(dtype);
     tf::TensorShape shape;
@@ -333,9 +424,7 @@ class InferOp : public tf::AsyncOpKernel {
         }
       }
     }
-    tf::Tensor* out = nullptr;
-    const absl::Status status = ctx->allocate_output(i, shape, &out);
-    if (!status.ok()) return status;
+    TF_RETURN_IF_ERROR(ctx->allocate_temp(dtype, shape, out));
     if (dtype == tf::DT_STRING) {
       auto items = out->flat<tf::tstring>();
       for (size_t at = 0; at < tensor.strings.size(); ++at) items(at).assign(tensor.strings[at].data(), tensor.strings[at].size());
@@ -351,28 +440,31 @@ class InferOp : public tf::AsyncOpKernel {
   tf::DataTypeVector output_types_;
   std::vector<tf::PartialTensorShape> output_shapes_;
   std::string config_;
-  float timeout_s_ = 30, connect_timeout_s_ = 0, attempt_timeout_s_ = 0;
-  int retries_ = 2;
+  bool raises_ = true;
 };
 
 absl::Status InferShapes(tf::shape_inference::InferenceContext* c) {
   std::vector<tf::PartialTensorShape> shapes;
   TF_RETURN_IF_ERROR(c->GetAttr("output_shapes", &shapes));
-  if (static_cast<int>(shapes.size()) != c->num_outputs()) {
+  const int outputs = c->num_outputs() - 2;
+  if (static_cast<int>(shapes.size()) != outputs) {
     return StatusOf(kInvalidArgument, "expected as many output_shapes as output_types");
   }
-  for (int i = 0; i < c->num_outputs(); ++i) {
+  for (int i = 0; i < outputs; ++i) {
     tf::shape_inference::ShapeHandle shape;
     TF_RETURN_IF_ERROR(c->MakeShapeFromPartialTensorShape(shapes[i], &shape));
     c->set_output(i, shape);
   }
+  c->set_output(outputs, c->Scalar());
+  c->set_output(outputs + 1, c->Scalar());
   return {};
 }
 
 REGISTER_OP("RemoteOpsClient")
     .Output("client: kind")
     .Attr("kind: {resource, variant}")
-    .Attr("urls: list(string) >= 1")
+    .Attr("urls: list(string) = []")
+    .Attr("endpoint: string = ''")
     .Attr("header_names: list(string) = []")
     .Attr("header_values: list(string) = []")
     .Attr("ca: string = ''")
@@ -380,28 +472,36 @@ REGISTER_OP("RemoteOpsClient")
     .Attr("key: string = ''")
     .Attr("key_password: string = ''")
     .Attr("verify: bool = true")
+    .Attr("attempts: int >= 1 = 3")
+    .Attr("retry_base_s: float = 0.05")
+    .Attr("retry_max_s: float = 2")
+    .Attr("connect_timeout_s: float = 0")
+    .Attr("attempt_timeout_s: float = 0")
     .SetIsStateful()
     .SetShapeFn(tf::shape_inference::ScalarShape)
-    .Doc("Who is called. Values of headers name environment variables as ${NAME}; they are read at each call.");
+    .Doc("Who is called: urls, or those that the environment variable endpoint holds, separated by spaces. Values of "
+         "headers name environment variables as ${NAME}. Variables are read at each call.");
 
 #define REMOTE_OPS_INFER(name, kind)                          \
   REGISTER_OP(name)                                           \
       .Input("client: " kind)                                 \
+      .Input("timeout_s: float")                              \
       .Input("inputs: input_types")                           \
       .Output("outputs: output_types")                        \
+      .Output("code: int32")                                  \
+      .Output("message: string")                              \
       .Attr("input_types: list(type) >= 0")                   \
       .Attr("output_types: list(type) >= 1")                  \
       .Attr("output_shapes: list(shape)")                     \
       .Attr("input_names: list(string) = []")                 \
       .Attr("output_names: list(string) = []")                \
       .Attr("config: string = ''")                            \
-      .Attr("timeout_s: float = 30")                          \
-      .Attr("connect_timeout_s: float = 0")                   \
-      .Attr("attempt_timeout_s: float = 0")                   \
-      .Attr("retries: int = 2")                               \
+      .Attr("on_error: {'raise', 'status'} = 'raise'")        \
+      .Attr("differentiable: list(int) = []")                 \
       .SetIsDistributedCommunication()                        \
       .SetShapeFn(InferShapes)                                \
-      .Doc("One call of the model that `client` stands for.")
+      .Doc("One call of the model that `client` stands for. `differentiable` holds the inputs that it can " \
+           "differentiate, for who defines the gradient.")
 
 // Without IsDistributedCommunication the executor would turn an Unavailable of ours into an Internal.
 REMOTE_OPS_INFER("RemoteOpsInfer", "variant");
