@@ -282,8 +282,8 @@ def _bounded(timeout_s: Any) -> Any:
 def _accepts(spec: TensorSpec, shape: tf.TensorShape) -> bool:
     if spec.shape is None:
         return True
-    if shape.rank is not None and None not in (sizes := shape.as_list()):
-        return spec.accepts_shape(tuple(sizes))
+    if shape.is_fully_defined():
+        return spec.accepts_shape(tuple(shape.as_list()))
     return bool(shape_of(spec).is_compatible_with(shape))
 
 

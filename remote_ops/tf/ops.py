@@ -116,6 +116,7 @@ def remote_op_multi(
     return outputs if on_error == "raise" else (outputs, status)
 
 
+@tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
 def _ask(
     uri: Any, inputs: Sequence[Any], input_names: Any, output_names: Any, types: Any, shapes: Any,
     config: str | bytes, endpoint: str | None, timeout_s: Any, headers: Any, tls: TLS | None, retry: Retry, pure: bool,

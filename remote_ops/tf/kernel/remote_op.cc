@@ -238,13 +238,20 @@ class InferOp : public tf::AsyncOpKernel {
     tf::CancellationManager* cancellation = ctx->cancellation_manager();
     const auto token = cancellation ? cancellation->get_cancellation_token() : tf::CancellationToken{};
     auto* workers = ctx->device()->tensorflow_cpu_worker_threads()->workers;
-    // What is called holds the job by a bare pointer: the loop keeps it until it has called it.
+    // What is called holds the job by a weak pointer: the loop keeps it until it has called it.
     job->done = [this, ctx, done, cancellation, token, workers, weak = std::weak_ptr<Job>(job)] {
-      workers->Schedule([this, ctx, done, cancellation, token, job = weak.lock()] {
-        if (cancellation) cancellation->DeregisterCallback(token);
+      auto finish = [this, ctx, done, cancellation, token, job = weak.lock()] {
+        // Without waiting: a cancellation that runs by now finds that the call is over.
+        if (cancellation) cancellation->TryDeregisterCallback(token);
         ctx->SetStatus(Finish(ctx, *job));
         done();
-      });
+      };
+      // A small answer is taken out sooner than another thread wakes up.
+      if (weak.lock()->body.view().size() <= kSmallBytes) {
+        finish();
+      } else {
+        workers->Schedule(std::move(finish));
+      }
     };
     Call* call = job.get();
     std::shared_ptr<Call> shared = job;
@@ -259,6 +266,7 @@ class InferOp : public tf::AsyncOpKernel {
 
  private:
   static constexpr int kFirst = 2;  // the first of the model's inputs
+  static constexpr size_t kSmallBytes = 1 << 14;
 
   static std::string NameAt(const std::vector<std::string>& names, size_t i) {
     return names.empty() ? std::to_string(i) : names[i];
