@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import trustme
 from rawpeer import Conversation, Message, peer, serving, unreachable, until
+from test_hostile import Layout
 from tfpeer import MATRIX, ROOT, echo, mix, python, scaled
 
 import server_ref
@@ -106,6 +107,59 @@ def test_every_kind_of_tensor_comes_back_as_it_went(served: Callable[[str], str]
     assert got.dtype == value.dtype
     assert got.numpy().tobytes() == value.numpy().tobytes() if value.dtype != tf.string else True
     assert got.numpy().tolist() == value.numpy().tolist() or value.dtype == tf.float16
+
+
+LARGE = np.arange(64 << 20, dtype=np.uint8)  # 64 MiB
+
+PEAK = """
+import resource, sys, numpy as np, tensorflow as tf
+from remote_ops.tf.ops import remote_op
+def call(): return remote_op(sys.argv[1], np.zeros(1, np.float32), "x", "y", tf.uint8, [None])
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+first = call()  # of a byte: all that is loaded later is loaded
+fill = np.ones(256 << 20, np.uint8); del fill
+before, large = peak(), None
+fill = np.ones(256 << 20, np.uint8)  # as much as before: what comes on top is the answer's
+large = call()
+print((peak() - before) / large.shape[0], large.shape[0], int(large[-1]))
+"""
+
+
+@pytest.mark.slow
+def test_an_answer_is_in_memory_once() -> None:
+    def script(conversation: Conversation) -> None:
+        while conversation.read() is not None:
+            conversation.answer(answers.pop(0))
+
+    answers = [b"".join(encode_response([array])) for array in (LARGE[:1], LARGE)]
+    with peer(script) as server:
+        done = python(PEAK, server.url)
+    times, size, last = map(float, done.stdout.split())
+    assert (size, last) == (LARGE.size, 255), done.stderr[-2000:]
+    assert times < 1.4, f"{times:.2f} times the answer"
+
+
+def test_outputs_that_share_bytes_are_not_each_others_memory() -> None:
+    layout = Layout()
+    slots = layout.offsets(layout.table(0, 8, 4) + 4, 2)
+    tensor = layout.table(slots[0], 20, 16, 4, 8, 0)
+    layout.point(slots[1], tensor)
+    layout.bytes[tensor + 16] = 10
+    layout.shape(tensor + 4, 16384)
+    layout.bytes += bytes(-(len(layout.bytes) + 4) % 64)  # where it could be a tensor as it is
+    layout.data(tensor + 8, np.full(16384, 7, np.float32).tobytes())
+
+    @tf.function
+    def function(x: Any) -> Any:
+        a, b = remote_op_multi(server.url, [x], ["x"], ["a", "b"], [tf.float32] * 2, [[16384]] * 2)
+        changed = tf.sqrt(a)  # TensorFlow may write this over `a`
+        with tf.control_dependencies([changed]):
+            return changed, tf.identity(b)
+
+    with peer(answering(bytes(layout.bytes))) as server:
+        changed, b = function(tf.constant(X))
+    np.testing.assert_allclose(changed, np.full(16384, np.sqrt(7)), rtol=1e-6)
+    np.testing.assert_array_equal(b, np.full(16384, 7))
 
 
 def test_float32_stands_in_for_bfloat16_where_an_old_peer_has_none() -> None:

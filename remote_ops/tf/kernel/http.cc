@@ -130,13 +130,13 @@ std::string Said(const Call& call, long status, const std::string& type) {
     return answered + ": it moved to '" + location.substr(0, location.find('?')) + "'; call that";
   }
   if (status == 401 || status == 403) return answered + ": it wants to know who calls; pass headers={'Authorization': ...}";
-  const std::string words = IsText(type) ? Words(call.body.view()) : "";
+  const std::string words = IsText(type) ? Words(call.body->view()) : "";
   return answered + (words.empty() ? "" : ": " + words);
 }
 
 Failure OfStatus(const Call& call, long status, const std::string& type) {
   try {
-    const graphpipe::Response response = graphpipe::DecodeResponse(call.body.view());
+    const graphpipe::Response response = graphpipe::DecodeResponse(call.body->view());
     if (!response.errors.empty()) return OfAnswer(response.errors[0], call.url().text);
   } catch (const graphpipe::Malformed&) {
     // It said it in other words.
@@ -165,9 +165,9 @@ Failure Judge(Call* call) {
   if (status < 200 || status >= 300) return OfStatus(*call, status, type);
   const std::string& url = call->url().text;
   try {
-    call->response = graphpipe::DecodeResponse(call->body.view());
+    call->response = graphpipe::DecodeResponse(call->body->view());
   } catch (const graphpipe::Malformed& error) {
-    if (call->body.view().empty()) {
+    if (call->body->view().empty()) {
       return Final(kInternal, url + " answered " + std::to_string(status) + " with an empty body: expected a GraphPipe message");
     }
     if (IsText(type)) return Final(kInternal, Said(*call, status, type) + ": expected a GraphPipe message");
@@ -260,14 +260,14 @@ int Rewind(void* context, curl_off_t offset, int origin) {
 size_t TakeBody(char* from, size_t size, size_t count, void* context) {
   auto* call = static_cast<Call*>(context);
   size *= count;
-  if (call->body.view().empty()) {
+  if (call->body->view().empty()) {
     curl_off_t length = -1;
     curl_easy_getinfo(call->easy, CURLINFO_CONTENT_LENGTH_DOWNLOAD_T, &length);
     call->too_large = length > static_cast<curl_off_t>(kMaxBodyBytes);
-    if (call->too_large || (length > 0 && !call->body.Reserve(static_cast<size_t>(length)))) return CURL_WRITEFUNC_ERROR;
+    if (call->too_large || (length > 0 && !call->body->Reserve(static_cast<size_t>(length)))) return CURL_WRITEFUNC_ERROR;
   }
-  call->too_large = call->body.view().size() + size > kMaxBodyBytes;
-  return !call->too_large && call->body.Append(from, size) ? size : CURL_WRITEFUNC_ERROR;
+  call->too_large = call->body->view().size() + size > kMaxBodyBytes;
+  return !call->too_large && call->body->Append(from, size) ? size : CURL_WRITEFUNC_ERROR;
 }
 
 // TensorFlow's curl knows no unix sockets, but takes one that is connected already.
@@ -373,7 +373,7 @@ class Loop {
     Failure failure = SetHeaders(call.get(), left);
     if (failure.code != kOk) return failure;
     call->piece = call->offset = 0;
-    call->body.Clear();
+    call->body->Clear();
     call->curl_error[0] = 0;
     SetOptions(call.get(), left);
     running_[call->easy] = call;

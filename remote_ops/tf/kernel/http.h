@@ -112,24 +112,21 @@ struct Target {
   Target(const std::vector<std::string>& urls, std::string variable) : places(urls, std::move(variable)) {}
 };
 
-// Bytes that grow without being cleared first.
+// Bytes that grow without being cleared first, on the boundary that TensorFlow wants its tensors on.
 class Buffer {
  public:
   Buffer() = default;
-  Buffer(Buffer&& other) noexcept { *this = std::move(other); }
-  Buffer& operator=(Buffer&& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(size_, other.size_);
-    std::swap(room_, other.room_);
-    return *this;
-  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
   ~Buffer() { std::free(data_); }
 
   bool Reserve(size_t room) {
     if (room <= room_) return true;
-    char* grown = static_cast<char*>(std::realloc(data_, room));
-    if (grown == nullptr) return false;
-    data_ = grown;
+    void* grown = nullptr;
+    if (posix_memalign(&grown, graphpipe::kAlignment, room)) return false;
+    if (size_) std::memcpy(grown, data_, size_);
+    std::free(data_);
+    data_ = static_cast<char*>(grown);
     room_ = room;
     return true;
   }
@@ -141,6 +138,7 @@ class Buffer {
   }
   void Clear() { size_ = 0; }
   std::string_view view() const { return {data_, size_}; }
+  size_t room() const { return room_; }
 
  private:
   char* data_ = nullptr;
@@ -159,7 +157,7 @@ struct Call {
   std::function<void()> done;
 
   Failure failure;
-  Buffer body;
+  const std::shared_ptr<Buffer> body = std::make_shared<Buffer>();
   graphpipe::Response response;  // views `body`
 
   // The loop's own.

@@ -21,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "tensorflow/core/framework/allocation_description.pb.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
@@ -89,6 +90,8 @@ std::string SpecText(tf::DataType dtype, const tf::PartialTensorShape& shape) {
   for (int i = 0; i < shape.dims(); ++i) sizes.push_back(shape.dim_size(i));
   return NameOf(dtype) + " " + graphpipe::ShapeText(sizes);
 }
+
+constexpr uint8_t kFloat32 = 10;
 
 // float32 stands in for what 2018 peers do not have.
 template <typename T>
@@ -201,11 +204,45 @@ class ClientOp : public tf::OpKernel {
 
 // --------------------------------------------------------------------------- the call
 
+constexpr size_t kSmallBytes = 1 << 14;
+
 // A call, and what of TensorFlow it holds on to.
 struct Job : Call {
   std::vector<tf::Tensor> inputs;
   std::vector<std::string> heads, blobs;
 };
+
+// Part of an answer as the memory of a tensor, which keeps all of the answer.
+//
+// TensorFlow writes into the memory of a tensor that nobody else holds. So no byte may belong to two of these, which a
+// message whose offsets share a target would make of it: `Outputs` aliases what is disjoint, and copies the rest.
+class BodyBuffer : public tf::TensorBuffer {
+ public:
+  BodyBuffer(std::shared_ptr<Buffer> body, std::string_view data)
+      : tf::TensorBuffer(const_cast<char*>(data.data())), body_(std::move(body)), size_(data.size()) {}
+  size_t size() const override { return size_; }
+  tf::TensorBuffer* root_buffer() override { return this; }
+  void FillAllocationDescription(tf::AllocationDescription* proto) const override {
+    proto->set_requested_bytes(static_cast<int64_t>(size_));
+    proto->set_allocator_name("remote_ops");
+  }
+
+ private:
+  const std::shared_ptr<Buffer> body_;
+  const size_t size_;
+};
+
+bool Overlap(std::string_view a, std::string_view b) {
+  const auto at = [](const char* place) { return reinterpret_cast<uintptr_t>(place); };
+  return at(a.data()) < at(b.data() + b.size()) && at(b.data()) < at(a.data() + a.size());
+}
+
+// Whether a tensor is to be part of the answer: aligned, worth it, and not a small part that would keep a large whole.
+bool PaysToAlias(const Buffer& body, std::string_view data, const std::vector<std::string_view>& aliased) {
+  return data.size() >= kSmallBytes && 4 * data.size() >= body.room() &&
+         reinterpret_cast<uintptr_t>(data.data()) % EIGEN_MAX_ALIGN_BYTES == 0 &&
+         std::none_of(aliased.begin(), aliased.end(), [data](std::string_view other) { return Overlap(data, other); });
+}
 
 class InferOp : public tf::AsyncOpKernel {
  public:
@@ -247,7 +284,7 @@ class InferOp : public tf::AsyncOpKernel {
         done();
       };
       // A small answer is taken out sooner than another thread wakes up.
-      if (weak.lock()->body.view().size() <= kSmallBytes) {
+      if (weak.lock()->body->view().size() <= kSmallBytes) {
         finish();
       } else {
         workers->Schedule(std::move(finish));
@@ -266,7 +303,6 @@ class InferOp : public tf::AsyncOpKernel {
 
  private:
   static constexpr int kFirst = 2;  // the first of the model's inputs
-  static constexpr size_t kSmallBytes = 1 << 14;
 
   static std::string NameAt(const std::vector<std::string>& names, size_t i) {
     return names.empty() ? std::to_string(i) : names[i];
@@ -396,7 +432,7 @@ class InferOp : public tf::AsyncOpKernel {
     }
   }
 
-  // Checks the answer against what was asked for, and copies it out.
+  // Checks the answer against what was asked for, and takes the tensors out of it.
   absl::Status Outputs(tf::OpKernelContext* ctx, const Job& job, std::vector<tf::Tensor>* outputs) {
     const std::string from = " - from " + job.url().text;
     const auto& tensors = job.response.tensors;
@@ -405,38 +441,50 @@ class InferOp : public tf::AsyncOpKernel {
                                      std::to_string(tensors.size()) + from);
     }
     outputs->resize(tensors.size());
+    std::vector<std::string_view> aliased;
     for (size_t i = 0; i < tensors.size(); ++i) {
-      TF_RETURN_IF_ERROR(Output(ctx, tensors[i], i, from, &(*outputs)[i]));
+      tf::TensorShape shape;
+      TF_RETURN_IF_ERROR(Check(tensors[i], i, from, &shape));
+      if (tensors[i].type == WireType(output_types_[i]) && PaysToAlias(*job.body, tensors[i].data, aliased)) {
+        aliased.push_back(tensors[i].data);
+        tf::core::RefCountPtr<tf::TensorBuffer> buffer(new BodyBuffer(job.body, tensors[i].data));
+        (*outputs)[i] = tf::Tensor(output_types_[i], shape, std::move(buffer));
+      } else {
+        TF_RETURN_IF_ERROR(Copy(ctx, tensors[i], output_types_[i], shape, &(*outputs)[i]));
+      }
     }
     return {};
   }
 
-  absl::Status Output(tf::OpKernelContext* ctx, const graphpipe::Incoming& tensor, size_t i, const std::string& from,
-                      tf::Tensor* out) {
+  absl::Status Check(const graphpipe::Incoming& tensor, size_t i, const std::string& from, tf::TensorShape* shape) {
     const tf::DataType dtype = output_types_[i];
-    const bool is_cast = tensor.type == 10 && MayBeFloat(dtype);
-    tf::TensorShape shape;
-    const bool fits = (tensor.type == WireType(dtype) || is_cast) && tensor.shape.size() <= tf::TensorShape::MaxDimensions() &&
-                      tf::TensorShape::BuildTensorShape(tensor.shape, &shape).ok() &&
-                      output_shapes_[i].IsCompatibleWith(shape);
+    const bool may_be_cast = tensor.type == kFloat32 && MayBeFloat(dtype);
+    const bool fits = (tensor.type == WireType(dtype) || may_be_cast) &&
+                      tensor.shape.size() <= tf::TensorShape::MaxDimensions() &&
+                      tf::TensorShape::BuildTensorShape(tensor.shape, shape).ok() &&
+                      output_shapes_[i].IsCompatibleWith(*shape);
     if (!fits) {
       return StatusOf(kInternal, "the answer breaks the model's own signature: output '" + NameAt(output_names_, i) +
                                      "': expected " + SpecText(dtype, output_shapes_[i]) + ", got " + WireName(tensor.type) +
                                      " " + graphpipe::ShapeText(tensor.shape) + from);
     }
-    if (dtype == tf::DT_BOOL) {
-      for (unsigned char byte : tensor.data) {
-        if (byte > 1) {
-          return StatusOf(kInternal, "output '" + NameAt(output_names_, i) + "': expected bool, each 0 or 1, got a byte " +
-                                         std::to_string(byte) + from);
-        }
+    if (dtype != tf::DT_BOOL) return {};
+    for (unsigned char byte : tensor.data) {
+      if (byte > 1) {
+        return StatusOf(kInternal, "output '" + NameAt(output_names_, i) + "': expected bool, each 0 or 1, got a byte " +
+                                       std::to_string(byte) + from);
       }
     }
+    return {};
+  }
+
+  static absl::Status Copy(tf::OpKernelContext* ctx, const graphpipe::Incoming& tensor, tf::DataType dtype,
+                           const tf::TensorShape& shape, tf::Tensor* out) {
     TF_RETURN_IF_ERROR(ctx->allocate_temp(dtype, shape, out));
     if (dtype == tf::DT_STRING) {
       auto items = out->flat<tf::tstring>();
       for (size_t at = 0; at < tensor.strings.size(); ++at) items(at).assign(tensor.strings[at].data(), tensor.strings[at].size());
-    } else if (is_cast) {
+    } else if (tensor.type != WireType(dtype)) {
       CastFromFloat(tensor.data, out);
     } else if (!tensor.data.empty()) {
       std::memcpy(out->data(), tensor.data.data(), tensor.data.size());
