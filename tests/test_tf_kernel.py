@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import ssl
@@ -552,6 +553,180 @@ def test_a_chunked_answer_and_one_that_ends_with_the_connection_are_read() -> No
             assert ask(server.url).numpy().tolist() == X.tolist()
 
 
+# --------------------------------------------------------------------------- replicas
+
+
+def numbered(number: float) -> FunctionServable:
+    """A model that answers with its number."""
+    return FunctionServable(
+        lambda x: np.float32([number]), [TensorSpec("x", "float32", (-1, 4))], [TensorSpec("y", "float32", (1,))]
+    )
+
+
+def test_a_replica_that_dies_costs_no_call_and_is_used_again_when_it_is_back() -> None:
+    answered: list[int] = []
+
+    def one_call() -> None:
+        answered.append(int(ask(urls)[0]))
+
+    with server_ref.running({"m": numbered(1)}) as alive, contextlib.ExitStack() as running:
+        dying = running.enter_context(server_ref.running({"m": numbered(2)}))
+        urls = [f"{alive}m", f"{dying}m"]
+        for _ in range(300):
+            one_call()
+        assert set(answered) == {1, 2}
+        running.close()
+        for _ in range(700):
+            one_call()
+        assert set(answered[300:]) == {1}
+        with server_ref.running({"m": numbered(2)}, dying.removeprefix("http://").rstrip("/")):
+            assert until(lambda: (one_call(), answered[-1] == 2)[1])
+    assert len(answered) >= 1000
+
+
+def test_where_every_replica_is_dead_the_error_names_them_all() -> None:
+    with socket.socket() as one, socket.socket() as two:
+        urls = []
+        for taken in (one, two):
+            taken.bind(("127.0.0.1", 0))
+            urls.append(f"http://127.0.0.1:{taken.getsockname()[1]}/m")
+        for _ in range(2):  # both are banned by the second time, and tried all the same
+            with pytest.raises(tf.errors.UnavailableError, match=r"cannot connect .*; tried ") as caught:
+                ask([f"{url}?key=secret" for url in urls])
+            assert all(url in caught.value.message.partition("; tried ")[2] for url in urls)
+            assert "secret" not in caught.value.message
+
+
+def test_a_replica_that_says_503_is_left_alone_for_a_while() -> None:
+    seen: list[Message] = []
+
+    def busy(conversation: Conversation) -> None:
+        while (request := conversation.read()) is not None:
+            seen.append(request)
+            conversation.answer(b"", "503 Unavailable")
+
+    with peer(answering(OK)) as free, peer(busy) as full:
+        since = time.monotonic()
+        for _ in range(50):
+            ask([full.url, free.url])
+        bans = 1 + (time.monotonic() - since)  # each lasts a second or more
+        assert 1 <= len(seen) <= bans
+
+
+def test_a_replica_that_does_not_answer_a_connect_leaves_time_for_another() -> None:
+    with unreachable() as nobody, peer(answering(OK)) as server:
+        for _ in range(2):
+            assert ask([nobody, server.url], timeout_s=1.5).shape == (3, 4)
+
+
+# --------------------------------------------------------------------------- names of hosts
+
+
+def test_an_ipv6_address_is_refused_where_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SpecError, match=r"no IPv6: .*got 'http://\[::1\]:9000/m'"):
+        ask("http://[::1]:9000/m")
+    monkeypatch.setenv("RANKER_URL", "http://[::1]:9000/m")
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"RANKER_URL holds an IPv6 address.*'http://\[::1\]:9000"):
+        ask(None, endpoint="RANKER_URL")
+
+
+def test_a_host_that_has_a_name_is_called_by_it() -> None:
+    with peer(answering(OK)) as server:
+        for _ in range(3):
+            assert ask(server.url.replace("127.0.0.1", "localhost")).shape == (3, 4)
+        assert server.connections == 1
+
+
+# Stands before the C library's: one name takes as long as it is told to, one is IPv6 for all who do not ask for IPv4.
+LOOKUPS = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <netdb.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+int getaddrinfo(const char *node, const char *service, const struct addrinfo *hints, struct addrinfo **found) {
+  int (*real)(const char *, const char *, const struct addrinfo *, struct addrinfo **);
+  real = dlsym(RTLD_NEXT, "getaddrinfo");
+  if (node == NULL || strstr(node, ".test") == NULL) return real(node, service, hints, found);
+  FILE *log = fopen(getenv("LOOKUPS"), "a");
+  fprintf(log, "%s\n", node);
+  fclose(log);
+  while (!strcmp(node, "slow.test") && access(getenv("RELEASE"), F_OK)) usleep(1000);
+  if (!strcmp(node, "none.test")) return EAI_NONAME;
+  if (!strcmp(node, "both.test") && hints->ai_family != AF_INET) return real("::1", service, hints, found);
+  return real("127.0.0.1", service, hints, found);
+}
+"""
+
+NAMES = """
+import json, os, sys, threading, time
+import numpy as np, tensorflow as tf
+from pathlib import Path
+from tensorflow.python.eager import cancellation
+from remote_ops.tf.ops import remote_op
+
+def ask(host, **options):
+    url = sys.argv[1].replace("127.0.0.1", host)
+    return remote_op(url, tf.zeros([1]), "x", "y", tf.float32, **options).shape.as_list()
+
+def failure(call):
+    since = time.monotonic()
+    try: call()
+    except tf.errors.OpError as error:
+        took = time.monotonic() - since
+        assert took < 5, took
+        return [type(error).__name__, error.message]
+
+log, release = Path(os.environ["LOOKUPS"]), Path(os.environ["RELEASE"])
+ask("127.0.0.1")
+done = []
+# One for each loop: each of them would stand still.
+waiting = [threading.Thread(target=lambda: done.append(ask("slow.test"))) for _ in range(8)]
+for thread in waiting: thread.start()
+while not log.exists(): time.sleep(0.001)
+for _ in range(40): ask("127.0.0.1", timeout_s=5.0)
+late = failure(lambda: ask("slow.test", timeout_s=0.3))
+manager = cancellation.CancellationManager()
+run = manager.get_cancelable_function(
+    tf.function(lambda: remote_op(sys.argv[1].replace("127.0.0.1", "slow.test"), tf.zeros([1]), "x", "y", tf.float32))
+    .get_concrete_function()
+)
+timer = threading.Timer(0.2, manager.start_cancel)
+timer.start()
+cancelled = failure(run)
+assert not done
+release.touch()
+for thread in waiting: thread.join()
+assert done == [[3, 4]] * 8
+unknown = failure(lambda: ask("none.test"))
+assert ask("both.test") == ask("both.test") == [3, 4]
+hosts = ("slow.test", "none.test", "both.test")
+print(json.dumps([late, cancelled, unknown, *(log.read_text().split().count(host) for host in hosts)]))
+"""
+
+
+@pytest.mark.slow
+def test_a_slow_name_server_holds_up_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lookups.c").write_text(LOOKUPS)
+    shim = str(tmp_path / "lookups.so")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", shim, str(tmp_path / "lookups.c"), "-ldl"], check=True)
+    monkeypatch.setenv("LD_PRELOAD", shim)
+    monkeypatch.setenv("LOOKUPS", str(tmp_path / "log"))
+    monkeypatch.setenv("RELEASE", str(tmp_path / "release"))
+    with peer(answering(OK)) as server:
+        done = python(NAMES, server.url)
+    assert done.returncode == 0, done.stderr[-2000:]
+    late, cancelled, unknown, *lookups = json.loads(done.stdout)
+    assert (late[0], cancelled[0], unknown[0]) == ("DeadlineExceededError", "CancelledError", "UnavailableError")
+    assert "resolving the host" in late[1]
+    words = f"cannot resolve host 'none.test' (Name or service not known) - at http://none.test:{server.port}/m"
+    assert words in unknown[1]
+    assert lookups == [1, 3, 1]
+
+
 # --------------------------------------------------------------------------- faults that the graph sees
 
 
@@ -796,7 +971,7 @@ def test_a_header_is_read_from_the_environment_at_each_call(monkeypatch: pytest.
 
 
 def test_the_url_is_read_from_the_environment_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    def numbered(number: float) -> Script:
+    def numbers(number: float) -> Script:
         return answering(b"".join(encode_response([np.float32([number])])))
 
     def call(x: Any) -> Any:
@@ -807,7 +982,7 @@ def test_the_url_is_read_from_the_environment_at_each_call(monkeypatch: pytest.M
     for ask_it in (call, function):
         with pytest.raises(tf.errors.InvalidArgumentError, match=r"environment variable RANKER_URL.* is not set"):
             ask_it(tf.constant(X))
-    with peer(numbered(1)) as one, peer(numbered(2)) as two:
+    with peer(numbers(1)) as one, peer(numbers(2)) as two:
         for server, number in ((one, 1), (two, 2), (one, 1)):
             monkeypatch.setenv("RANKER_URL", f"{server.url}?key=secret")
             assert [float(ask_it(tf.constant(X))[0]) for ask_it in (call, function)] == [number] * 2

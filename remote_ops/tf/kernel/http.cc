@@ -1,5 +1,7 @@
 #include "http.h"
 
+#include "resolver.h"
+
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <fcntl.h>
@@ -137,7 +139,11 @@ std::string Said(const Call& call, long status, const std::string& type) {
 Failure OfStatus(const Call& call, long status, const std::string& type) {
   try {
     const graphpipe::Response response = graphpipe::DecodeResponse(call.body->view());
-    if (!response.errors.empty()) return OfAnswer(response.errors[0], call.url().text);
+    if (!response.errors.empty()) {
+      Failure failure = OfAnswer(response.errors[0], call.url().text);
+      failure.away = failure.retryable && (status == 502 || status == 503);
+      return failure;
+    }
   } catch (const graphpipe::Malformed&) {
     // It said it in other words.
   }
@@ -145,7 +151,7 @@ Failure OfStatus(const Call& call, long status, const std::string& type) {
   switch (status) {
     case 429: return Passing(kResourceExhausted, said);
     case 502:
-    case 503: return Passing(kUnavailable, said);
+    case 503: return Away(said);
     case 504: return Final(kDeadlineExceeded, said);
     case 401: return Final(kUnauthenticated, said);
     case 403: return Final(kPermissionDenied, said);
@@ -179,11 +185,14 @@ Failure Judge(Call* call) {
 
 // --------------------------------------------------------------------------- what curl means
 
+constexpr const char* kConnecting = "connecting";
+constexpr const char* kResolving = "resolving the host";
+
 const char* Phase(CURL* easy, bool all_sent) {
   curl_off_t ready = 0, first = 0;
   curl_easy_getinfo(easy, CURLINFO_PRETRANSFER_TIME_T, &ready);
   curl_easy_getinfo(easy, CURLINFO_STARTTRANSFER_TIME_T, &first);
-  if (ready == 0) return "connecting";
+  if (ready == 0) return kConnecting;
   if (first == 0) return all_sent ? "waiting for the first byte" : "sending the request";
   return "receiving the answer";
 }
@@ -195,7 +204,7 @@ Failure OfTimeout(const Call& call, const char* phase) {
   const std::string said = "no answer from " + call.url().text + " in " + Fixed(Seconds(now - call.started)) + " (attempt " +
                            std::to_string(call.attempt) + " of " + std::to_string(call.policy().attempts) + ", " +
                            Fixed(Seconds(now - call.sent)) + " " + phase + ")";
-  return {kDeadlineExceeded, said, now < call.deadline};
+  return {kDeadlineExceeded, said, now < call.deadline, phase == kConnecting || phase == kResolving};
 }
 
 Failure OfCurl(const Call& call, CURLcode code) {
@@ -207,7 +216,7 @@ Failure OfCurl(const Call& call, CURLcode code) {
     case CURLE_COULDNT_CONNECT:
     case CURLE_COULDNT_RESOLVE_HOST:
     case CURLE_SSL_CONNECT_ERROR:
-      return Passing(kUnavailable, "cannot connect (" + why + ") - at " + url);
+      return Away("cannot connect (" + why + ") - at " + url);
     case CURLE_PEER_FAILED_VERIFICATION:
       return Final(kUnavailable, "cannot connect (" + why + ") - at " + url);
     case CURLE_SSL_CERTPROBLEM:
@@ -300,10 +309,16 @@ std::string TrustedFile() {
 
 // --------------------------------------------------------------------------- loops
 
+// What the loops of a process know together.
+struct Shared {
+  Bans bans;
+  Resolver resolver;
+};
+
 // One thread that drives many calls. `mutex_` guards what other threads put in; the rest is the thread's own.
 class Loop {
  public:
-  Loop() : multi_(curl_multi_init()) {
+  explicit Loop(Shared* shared) : shared_(shared), multi_(curl_multi_init()) {
     curl_multi_setopt(multi_, CURLMOPT_MAXCONNECTS, 64L);
     curl_multi_setopt(multi_, CURLMOPT_PIPELINING, static_cast<long>(CURLPIPE_NOTHING));
     std::thread([this] { Run(); }).detach();
@@ -320,6 +335,12 @@ class Loop {
   std::atomic<int> load{0};
 
  private:
+  struct Resolved {
+    std::shared_ptr<Call> call;
+    int attempt;
+    Addresses addresses;
+  };
+
   void Run() {
     for (;;) {
       TakeIn();
@@ -340,15 +361,29 @@ class Loop {
 
   void TakeIn() {
     std::vector<std::shared_ptr<Call>> started, given_up;
+    std::vector<Resolved> resolved;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       started.swap(started_);
       given_up.swap(given_up_);
+      resolved.swap(resolved_);
     }
-    for (auto& call : started) waiting_.emplace(call->next, std::move(call));
+    for (auto& call : started) Schedule(call, call->next);
     for (auto& call : given_up) {
       if (!call->over) End(call, Final(kCancelled, "the call to " + call->urls->front().text + " was cancelled"));
     }
+    for (auto& one : resolved) TakeAddresses(one);
+  }
+
+  void Schedule(const std::shared_ptr<Call>& call, Instant at) {
+    call->next = at;
+    waiting_.emplace(at, call);
+  }
+
+  void Unschedule(const std::shared_ptr<Call>& call) {
+    const auto [first, last] = waiting_.equal_range(call->next);
+    const auto found = std::find_if(first, last, [&call](const auto& entry) { return entry.second == call; });
+    if (found != last) waiting_.erase(found);
   }
 
   void StartDue() {
@@ -357,25 +392,89 @@ class Loop {
       std::shared_ptr<Call> call = waiting_.begin()->second;
       waiting_.erase(waiting_.begin());
       if (call->over) continue;
+      if (call->resolving) {
+        call->resolving = false;
+        Settle(call, OfTimeout(*call, kResolving));
+        continue;
+      }
       ++call->attempt;
       call->sent = now;
-      const Failure failure = Send(call);
-      if (failure.code != kOk) End(call, failure);
+      Choose(call.get());
+      FindHost(call);
     }
   }
 
-  // Begins one attempt.
-  Failure Send(const std::shared_ptr<Call>& call) {
-    const double left = Seconds(call->deadline - call->sent);
-    if (left <= 0) return OfTimeout(*call, "waiting to be sent");
+  // The next in turn that is not banned, and that this call has not tried yet; as far as there is such a one.
+  void Choose(Call* call) {
+    const size_t count = call->urls->size(), first = call->turn + call->attempt - 1;
+    int least = 4;
+    for (size_t i = 0; count > 1 && i < count; ++i) {
+      const size_t place = (first + i) % count;
+      const bool tried = std::count(call->tried.begin(), call->tried.end(), place);
+      const int against = 2 * shared_->bans.Holds((*call->urls)[place].curl, call->sent) + tried;
+      if (against < least) {
+        least = against;
+        call->place = place;
+      }
+    }
+    if (!std::count(call->tried.begin(), call->tried.end(), call->place)) call->tried.push_back(call->place);
+  }
+
+  // Seconds that the attempt under way may still take.
+  static double Left(const Call& call) {
+    const double left = Seconds(call.deadline - call.sent);
+    return AtMost(call.policy().attempt_timeout_s, left) - Seconds(Clock::now() - call.sent);
+  }
+
+  // The same until there is a connection: one of several replicas does not get all the time for it.
+  static double LeftToConnect(const Call& call) {
+    const double left = Left(call);
+    const int more = call.urls->size() > 1 ? std::max(1, call.policy().attempts - call.attempt + 1) : 1;
+    return AtMost(call.policy().connect_timeout_s, left / more);
+  }
+
+  // Sends to a host that is known; of another, finds out the address first.
+  void FindHost(const std::shared_ptr<Call>& call) {
+    const Url& url = call->url();
+    if (url.is_named) call->addresses = shared_->resolver.Known(url.host);
+    if (!url.is_named || !call->addresses.empty() || Left(*call) <= 0) return Send(call);
+    call->resolving = true;
+    Schedule(call, Clock::now() + Length(LeftToConnect(*call)));
+    shared_->resolver.Ask(url.host, [this, call, attempt = call->attempt](const Addresses& found) {
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        resolved_.push_back({call, attempt, found});
+      }
+      curl_multi_wakeup(multi_);
+    });
+  }
+
+  void TakeAddresses(const Resolved& one) {
+    Call& call = *one.call;
+    if (call.over || !call.resolving || call.attempt != one.attempt) return;  // it did not wait
+    call.resolving = false;
+    Unschedule(one.call);
+    call.addresses = one.addresses.text;
+    if (!call.addresses.empty()) return Send(one.call);
+    Settle(one.call, Away("cannot resolve host '" + call.url().host + "' (" + one.addresses.error + ") - at " + call.url().text));
+  }
+
+  void Send(const std::shared_ptr<Call>& call) {
+    const Failure failure = Transfer(call);
+    if (failure.code != kOk) End(call, failure);
+  }
+
+  // Begins one transfer.
+  Failure Transfer(const std::shared_ptr<Call>& call) {
+    if (Left(*call) <= 0) return OfTimeout(*call, "waiting to be sent");
     call->easy = NewHandle();
     if (call->easy == nullptr) return Final(kInternal, "curl gives no handle");
-    Failure failure = SetHeaders(call.get(), left);
+    Failure failure = SetHeaders(call.get(), Seconds(call->deadline - Clock::now()));
     if (failure.code != kOk) return failure;
     call->piece = call->offset = 0;
     call->body->Clear();
     call->curl_error[0] = 0;
-    SetOptions(call.get(), left);
+    SetOptions(call.get());
     running_[call->easy] = call;
     if (curl_multi_add_handle(multi_, call->easy) == CURLM_OK) return {};
     running_.erase(call->easy);
@@ -409,11 +508,9 @@ class Loop {
     return {};
   }
 
-  void SetOptions(Call* call, double left) {
+  static void SetOptions(Call* call) {
     CURL* easy = call->easy;
     const Url& url = call->url();
-    const double attempt = AtMost(call->policy().attempt_timeout_s, left);
-    const double connect = AtMost(call->policy().connect_timeout_s, attempt);
     curl_easy_setopt(easy, CURLOPT_URL, url.curl.c_str());
     curl_easy_setopt(easy, CURLOPT_PROTOCOLS_STR, "http,https");
     curl_easy_setopt(easy, CURLOPT_PROXY, "");
@@ -422,8 +519,8 @@ class Loop {
     curl_easy_setopt(easy, CURLOPT_HTTP_VERSION, static_cast<long>(CURL_HTTP_VERSION_1_1));
     curl_easy_setopt(easy, CURLOPT_USERAGENT, "remote-ops/0.1");
     curl_easy_setopt(easy, CURLOPT_HTTPHEADER, call->headers);
-    curl_easy_setopt(easy, CURLOPT_TIMEOUT_MS, Milliseconds(attempt));
-    curl_easy_setopt(easy, CURLOPT_CONNECTTIMEOUT_MS, Milliseconds(connect));
+    curl_easy_setopt(easy, CURLOPT_TIMEOUT_MS, Milliseconds(Left(*call)));
+    curl_easy_setopt(easy, CURLOPT_CONNECTTIMEOUT_MS, Milliseconds(LeftToConnect(*call)));
     curl_easy_setopt(easy, CURLOPT_MAXAGE_CONN, 60L);
     curl_easy_setopt(easy, CURLOPT_BUFFERSIZE, kReceiveBytes);
     curl_easy_setopt(easy, CURLOPT_UPLOAD_BUFFERSIZE, kUploadBytes);
@@ -440,10 +537,17 @@ class Loop {
       curl_easy_setopt(easy, CURLOPT_OPENSOCKETFUNCTION, OpenUnix);
       curl_easy_setopt(easy, CURLOPT_OPENSOCKETDATA, call);
       curl_easy_setopt(easy, CURLOPT_SOCKOPTFUNCTION, IsConnected);
-      call->resolved = curl_slist_append(nullptr, (url.host + ":80:127.0.0.1").c_str());
-      curl_easy_setopt(easy, CURLOPT_RESOLVE, call->resolved);
+      SetAddress(call, "127.0.0.1");
+    } else if (url.is_named) {
+      SetAddress(call, call->addresses);
     }
     SetTls(easy, call->target->tls);
+  }
+
+  static void SetAddress(Call* call, const std::string& addresses) {
+    const std::string line = call->url().host + ":" + std::to_string(call->url().port) + ":" + addresses;
+    call->resolved = curl_slist_append(nullptr, line.c_str());
+    curl_easy_setopt(call->easy, CURLOPT_RESOLVE, call->resolved);
   }
 
   static void SetTls(CURL* easy, const Tls& tls) {
@@ -467,16 +571,23 @@ class Loop {
     if (message == nullptr) return false;
     const CURLcode code = message->data.result;
     const std::shared_ptr<Call> call = running_.at(message->easy_handle);
-    const Failure failure = code == CURLE_OK ? Judge(call.get()) : OfCurl(*call, code);
-    const double wait = failure.retryable ? RetryAfter(*call) : -1;
-    if (wait < 0) {
-      End(call, failure);
-    } else {
-      Release(call.get());
-      call->next = Clock::now() + Length(wait);
-      waiting_.emplace(call->next, call);
-    }
+    Settle(call, code == CURLE_OK ? Judge(call.get()) : OfCurl(*call, code));
     return true;
+  }
+
+  // Ends a call with what its attempt came to, or tries again.
+  void Settle(const std::shared_ptr<Call>& call, const Failure& failure) {
+    const Url& url = call->url();
+    if (failure.away) {
+      shared_->bans.Failed(url.curl, Clock::now());
+      if (url.is_named) shared_->resolver.Doubt(url.host);
+    } else if (!failure.retryable) {
+      shared_->bans.Worked(url.curl);
+    }
+    const double wait = failure.retryable ? RetryAfter(*call) : -1;
+    if (wait < 0) return End(call, failure);
+    Release(call.get());
+    Schedule(call, Clock::now() + Length(wait));
   }
 
   // Seconds until the next attempt, with full jitter; -1 if there is none.
@@ -492,8 +603,15 @@ class Loop {
     Release(call.get());
     call->over = true;
     call->failure = std::move(failure);
+    if (call->failure.code != kOk && call->tried.size() > 1) call->failure.message += Tried(*call);
     --load;
     call->done();
+  }
+
+  static std::string Tried(const Call& call) {
+    std::string text;
+    for (size_t place : call.tried) text += (text.empty() ? "; tried " : ", ") + (*call.urls)[place].text;
+    return text;
   }
 
   // Gives the handle of an attempt back; its connection is kept only if the transfer has ended.
@@ -508,9 +626,11 @@ class Loop {
     call->headers = call->resolved = nullptr;
   }
 
+  Shared* const shared_;
   CURLM* const multi_;
   std::mutex mutex_;
   std::vector<std::shared_ptr<Call>> started_, given_up_;
+  std::vector<Resolved> resolved_;
   std::multimap<Instant, std::shared_ptr<Call>> waiting_;
   std::unordered_map<CURL*, std::shared_ptr<Call>> running_;
   std::vector<CURL*> spare_;
@@ -524,6 +644,7 @@ struct Loops {
   explicit Loops(pid_t owner) : owner(owner) {}
 
   const pid_t owner;
+  Shared shared;
   std::mutex mutex;
   std::vector<std::unique_ptr<Loop>> loops;
 
@@ -549,7 +670,7 @@ struct Loops {
       if (best == nullptr || loop->load < best->load) best = loop.get();
     }
     if ((best == nullptr || best->load > 0) && loops.size() < kLoops) {
-      loops.push_back(std::make_unique<Loop>());
+      loops.push_back(std::make_unique<Loop>(&shared));
       best = loops.back().get();
     }
     ++best->load;
@@ -562,6 +683,7 @@ struct Loops {
 void Begin(Call* call) {
   static std::atomic<unsigned> turns{0};
   call->turn = turns++;
+  call->place = call->turn % call->urls->size();
   call->started = call->next = Clock::now();
   call->deadline = call->started + Length(call->timeout_s);
   // Nobody need ask an empty piece for bytes.
@@ -612,6 +734,23 @@ Urls Places::Now() const {
   return urls_;
 }
 
+void Url::SetHost(const std::string& place, int usual_port) {
+  if (place[0] == '[') {
+    throw std::invalid_argument("an IPv6 address, which TensorFlow's libcurl cannot connect to: expected the name of a host or an IPv4 address, got '" +
+                                text + "'");
+  }
+  const size_t colon = std::min(place.find(':'), place.size());
+  host = place.substr(0, colon);
+  const std::string number = place.substr(std::min(colon + 1, place.size()));
+  const bool is_number = number.size() <= 5 && std::all_of(number.begin(), number.end(), [](unsigned char c) { return std::isdigit(c); });
+  port = number.empty() ? usual_port : is_number ? std::stoi(number) : 0;
+  if (port < 1 || port > 65535) throw std::invalid_argument("a port that is no number below 65536: '" + text + "'");
+  const bool is_plain = std::all_of(host.begin(), host.end(), [](unsigned char c) { return std::isalnum(c) || c == '.' || c == '-' || c == '_'; });
+  if (host.empty() || !is_plain) throw std::invalid_argument("a URL without a host, or with one that is no name: '" + text + "'");
+  in_addr address;
+  is_named = inet_aton(host.c_str(), &address) == 0;
+}
+
 Url Url::Parse(const std::string& full) {
   Url url;
   const size_t query = full.find('?');
@@ -630,6 +769,7 @@ Url Url::Parse(const std::string& full) {
   if (place.empty()) throw std::invalid_argument("a URL without a host: '" + url.text + "'");
   if (scheme != "http+unix") {
     url.curl = full;
+    url.SetHost(place, scheme == "https" ? 443 : 80);
     return url;
   }
   for (size_t i = 0; i < place.size(); ++i) {
@@ -647,6 +787,7 @@ Url Url::Parse(const std::string& full) {
   char host[48];
   std::snprintf(host, sizeof host, "unix-%zx.invalid", std::hash<std::string>{}(url.unix_path));
   url.host = host;
+  url.port = 80;
   const std::string target = full.substr(end);
   url.curl = "http://" + url.host + (target.empty() || target[0] != '/' ? "/" : "") + target;
   return url;

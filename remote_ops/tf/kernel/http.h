@@ -24,11 +24,9 @@
 #include <vector>
 
 #include "graphpipe.h"
+#include "replicas.h"
 
 namespace remote_ops {
-
-using Clock = std::chrono::steady_clock;
-using Instant = Clock::time_point;
 
 // The canonical codes of gRPC, which TensorFlow shares.
 enum Code : int {
@@ -51,10 +49,12 @@ struct Failure {
   Code code = kOk;
   std::string message;
   bool retryable = false;
+  bool away = false;  // the replica could not be reached: others are to be asked for a while
 };
 
-inline Failure Passing(Code code, std::string message) { return {code, std::move(message), true}; }
-inline Failure Final(Code code, std::string message) { return {code, std::move(message), false}; }
+inline Failure Away(std::string message) { return {kUnavailable, std::move(message), true, true}; }
+inline Failure Passing(Code code, std::string message) { return {code, std::move(message), true, false}; }
+inline Failure Final(Code code, std::string message) { return {code, std::move(message), false, false}; }
 
 // Where a request goes. `text` is for messages: a query, which may hold a secret, is left out of it.
 struct Url {
@@ -63,9 +63,13 @@ struct Url {
   std::string unix_path;  // empty for all but http+unix
   std::string host;
   int port = 0;
+  bool is_named = false;  // the host has to be looked up
 
   // Throws std::invalid_argument.
   static Url Parse(const std::string& full);
+
+ private:
+  void SetHost(const std::string& place, int usual_port);
 };
 
 struct Tls {
@@ -164,8 +168,11 @@ struct Call {
   Loop* loop = nullptr;
   unsigned turn = 0;
   int attempt = 0;
+  size_t place = 0;           // of the replica that this attempt goes to
+  std::vector<size_t> tried;  // the places so far, each once
   Instant started, deadline, sent, next;
-  bool over = false;
+  bool over = false, resolving = false;
+  std::string addresses;
   CURL* easy = nullptr;
   curl_slist* headers = nullptr;
   curl_slist* resolved = nullptr;
@@ -173,7 +180,7 @@ struct Call {
   size_t piece = 0, offset = 0;
   bool too_large = false;
   char curl_error[CURL_ERROR_SIZE] = {};
-  const Url& url() const { return (*urls)[(turn + attempt - 1) % urls->size()]; }
+  const Url& url() const { return (*urls)[place]; }
   const Policy& policy() const { return target->policy; }
 };
 
