@@ -1072,15 +1072,27 @@ def test_a_unix_socket_is_called_like_an_address(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- building
 
 
+FIRST_CALL = """
+import sys, numpy as np
+from remote_ops.tf import op_library, remote_op
+remote_op(sys.argv[1], np.zeros(1, np.float32), "x", "y", "float32", timeout_s=2.0)
+print(op_library())
+"""
+
+
 @pytest.mark.slow
-def test_processes_that_start_at_once_build_one_library(tmp_path: Path) -> None:
-    code = "from remote_ops.tf.library import op_library; print(op_library())"
+def test_processes_that_start_at_once_build_one_library_and_no_call_is_late_for_it(tmp_path: Path) -> None:
     environment = {**os.environ, "REMOTE_OPS_CACHE": str(tmp_path)}
-    running = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    paths = {process.communicate(timeout=110)[0].strip() for process in running}
+    with peer(answering(OK)) as server:
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-c", FIRST_CALL, server.url],
+                env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True,
+            )
+            for _ in range(3)
+        ]  # fmt: skip
+        paths = {process.communicate(timeout=110)[0].strip() for process in running}
+    assert [process.returncode for process in running] == [0, 0, 0]
     assert len(paths) == 1
     assert sorted(path.suffix for path in (tmp_path / "ops").iterdir()) == [".lock", ".so"]
 

@@ -19,7 +19,7 @@ from remote_ops.errors import SignatureError, SpecError
 from remote_ops.policy import Retry
 from remote_ops.tf.callsite import CallSite, Status, call, dtype_of, shape_of
 from remote_ops.tf.client import Client, Kept, check_length
-from remote_ops.tf.rawop import load_ops
+from remote_ops.tf.rawop import has_kernel, load_ops
 from remote_ops.url import TLS
 
 __all__ = ["Client", "Status", "call", "dtype_of", "load_ops", "remote_op", "remote_op_multi", "shape_of"]
@@ -138,6 +138,7 @@ def _ask(
         except SignatureError:
             if not site.client.forget():  # else the model may be another by now
                 raise
+    has_kernel()  # builds it, which takes nothing of the call's time
     # What a call takes in all bounds the request for metadata: call sites are alike whatever that is.
     client = Client.of(uri, headers, retry, tls=tls, timeout_s=math.inf, endpoint=endpoint)
 
