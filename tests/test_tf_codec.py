@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import itertools
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import test_hostile
 from test_hostile import CAPTURES, VALID, Layout, mutations, objects, tensor_message
 
 from remote_ops.errors import DecodeError
@@ -107,6 +111,43 @@ def test_a_message_cut_or_changed_at_any_byte_is_accepted_or_refused_alike(agree
         for value in (0, 0x7F, 0x80, 0xFF)
     ]
     agree([*cut, *changed])
+
+
+def cases(test: Any) -> Iterator[dict[str, Any]]:
+    """The arguments that pytest would call a test with; none for one that wants a fixture or draws its own."""
+    tables = []
+    for mark in getattr(test, "pytestmark", []):
+        if mark.name == "parametrize":
+            names = mark.args[0].split(", ") if isinstance(mark.args[0], str) else mark.args[0]
+            rows = [getattr(row, "values", row) if len(names) > 1 else [row] for row in mark.args[1]]
+            tables.append([dict(zip(names, row, strict=True)) for row in rows])
+    for chosen in itertools.product(*tables):
+        case = {name: value for part in chosen for name, value in part.items()}
+        if case.keys() == inspect.signature(test).parameters.keys():
+            yield case
+
+
+def hostile_messages(monkeypatch: pytest.MonkeyPatch) -> set[bytes]:
+    """Every message by which the tests of `graphpipe` try to hurt it."""
+    seen: set[bytes] = set()
+    for name in ("assert_refused", "try_decode"):
+        monkeypatch.setattr(test_hostile, name, lambda decode, message, *_, **__: seen.add(bytes(message)))
+    for name, test in vars(test_hostile).items():
+        if name.startswith("test_") and not hasattr(test, "hypothesis"):
+            for case in cases(test):
+                with contextlib.suppress(AssertionError, AttributeError, TypeError):  # it looks at what was decoded
+                    test(**case)
+    return seen
+
+
+def test_every_message_meant_to_hurt_graphpipe_is_accepted_or_refused_alike(
+    agree: Outcomes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = hostile_messages(monkeypatch)
+    assert len(messages) > 1000
+    assert max(map(len, messages)) > 1_000_000  # a vtable behind the end, 250,000 tensors that share one, ...
+    assert struct.pack("<Ii", 4, -(2**31)) in messages
+    agree(messages)
 
 
 def shared_strings(count: int, length: int) -> bytearray:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
+import re
 import socket
 import ssl
 import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,14 +29,15 @@ import server_ref
 from remote_ops import FunctionServable, Retry, SignatureError, SpecError, TensorSpec
 from remote_ops.deadline import deadline
 from remote_ops.errors import DeadlineExceeded
-from remote_ops.graphpipe import decode_request, encode_error, encode_response
+from remote_ops.graphpipe import METADATA_REQUEST, decode_request, encode_error, encode_metadata, encode_response
 from remote_ops.url import TLS
 
 tf = pytest.importorskip("tensorflow")
 
 from tensorflow.python.eager import cancellation  # noqa: E402
 
-from remote_ops.tf import op_library, remote_op, remote_op_multi  # noqa: E402
+from remote_ops.tf import client, op_library, ops, rawop, remote_op, remote_op_multi  # noqa: E402
+from remote_ops.tf.library import CompilerMissing  # noqa: E402
 
 X = np.arange(12, dtype=np.float32).reshape(3, 4) / 7
 ONE = Retry(attempts=1)
@@ -551,6 +555,106 @@ def test_a_chunked_answer_and_one_that_ends_with_the_connection_are_read() -> No
     for script in (chunked, ended):
         with peer(script) as server:
             assert ask(server.url).numpy().tolist() == X.tolist()
+
+
+# --------------------------------------------------------------------------- what is kept between calls
+
+
+def wide(width: int) -> FunctionServable:
+    """A model that takes rows of one width alone."""
+    spec = TensorSpec("x", "float32", (-1, width))
+    return FunctionServable(lambda x: x, [spec], [TensorSpec("y", "float32", (-1, width))])
+
+
+def test_a_server_that_was_restarted_with_another_model_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    for kept in (client._SIGNATURES, ops._SITES):
+        monkeypatch.setattr(kept, "clock", lambda: clock[0])
+    with server_ref.running({"m": wide(4)}) as url:
+        address = url.removeprefix("http://").rstrip("/")
+        assert remote_op(f"{url}m", X).shape == (3, 4)
+        with pytest.raises(SignatureError):
+            remote_op(f"{url}m", tf.zeros((1, 5)))
+    with server_ref.running({"m": wide(5)}, address):
+        clock[0] += 2  # a misfit has it asked at once, though not for each of many
+        assert remote_op(f"{url}m", tf.zeros((1, 5))).shape == (1, 5)
+    clock[0] += 100
+    assert tf.function(lambda x: remote_op(f"{url}m", x)).get_concrete_function(
+        tf.TensorSpec((None, 5))
+    ).output_shapes.as_list() == [None, 5]  # nobody there: what was known holds
+    with server_ref.running({"m": wide(6)}, address):
+        function = tf.function(lambda x: remote_op(f"{url}m", x)).get_concrete_function(tf.TensorSpec((None, 6)))
+        assert function.output_shapes.as_list() == [None, 6]
+
+
+def test_metadata_is_asked_once_for_many_calls_and_within_their_timeout() -> None:
+    seen: list[bytes] = []
+
+    def script(conversation: Conversation) -> None:
+        while (request := conversation.read()) is not None:
+            seen.append(request.body)
+            conversation.answer(
+                encode_metadata(mix().signature) if request.body == METADATA_REQUEST else OK,
+            )
+
+    with peer(script) as server:
+        for timeout_s in range(1, 50):
+            remote_op(server.url, X, timeout_s=timeout_s)
+            remote_op(server.url, X, "x", ["y"][0], retry=Retry(attempts=2))
+        assert seen.count(METADATA_REQUEST) == 1
+
+
+@pytest.mark.parametrize("pure", [True, False])
+def test_eager_calls_leave_nothing_behind(pure: bool) -> None:
+    with peer(answering(OK)) as server:
+        for n in range(400):
+            ask(f"{server.url}/{n}", pure=pure)
+        assert len(ops._SITES._values) <= 256
+        gc.collect()
+        before = len(gc.get_objects())
+        for n in range(1000):
+            ask(f"{server.url}/{n % 10}", pure=pure)
+        gc.collect()
+        assert len(gc.get_objects()) - before < 500
+
+
+def test_an_eager_call_outside_of_a_function_does_not_end_up_in_one(tmp_path: Path) -> None:
+    with peer(answering(OK)) as server:
+        ask(server.url)  # its handle is kept, but is a value of this process
+        function = tf.function(lambda x: ask(server.url, x))
+        concrete = function.get_concrete_function(tf.TensorSpec((3, 4)))
+        assert concrete.captured_inputs == []
+        assert "RemoteOpsClient" in [op.type for op in concrete.graph.get_operations()]
+
+
+# --------------------------------------------------------------------------- without a compiler
+
+
+def test_without_a_compiler_the_fallback_answers_and_gradients_go_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def answer(*arguments: Any, **options: Any) -> Any:
+        who, inputs, input_names, output_names, types, _shapes, config = arguments
+        asked.append((who.urls, input_names, output_names, config, options.pop("timeout_s") <= 3.0, options))
+        return [tf.cast(2 * inputs[0], dtype) for dtype in types], tf.constant(0), tf.constant("")
+
+    monkeypatch.setattr(rawop, "_load", lambda: CompilerMissing("no g++"))
+    monkeypatch.setitem(sys.modules, "remote_ops.tf.fallback", types.SimpleNamespace(call=answer))
+
+    def gradient(x: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = ask("http://127.0.0.1:1/m", x, config=b"cfg", timeout_s=3.0)
+        return tape.gradient(y, x)
+
+    for function in (gradient, tf.function(gradient)):
+        asked.clear()
+        np.testing.assert_array_equal(function(tf.constant(X)), 2 * X)
+        options = {"pure": True, "on_error": "raise"}
+        assert asked == [
+            (("http://127.0.0.1:1/m",), ["x"], ["y"], b"cfg", True, options),
+            (("http://127.0.0.1:1/m",), ["x", "cotangent:y"], ["gradient:x"], b"cfg", True, options),
+        ]
 
 
 # --------------------------------------------------------------------------- replicas
@@ -1098,10 +1202,19 @@ def test_processes_that_start_at_once_build_one_library_and_no_call_is_late_for_
 
 
 @pytest.mark.slow
-def test_no_compiler_is_a_clear_error(tmp_path: Path) -> None:
-    code = "from remote_ops.tf.build import op_library; op_library()"
-    environment = {**os.environ, "REMOTE_OPS_CACHE": str(tmp_path), "CXX": "no-such-compiler"}
+@pytest.mark.parametrize(
+    ("compiler", "error"),
+    [
+        ("no-such-compiler", "CompilerMissing: .*expected 'no-such-compiler' on the PATH, got none; install g"),
+        ("false", "remote_ops.tf.library.BuildError: .*does not build: false ended with 1"),
+    ],
+)
+def test_a_compiler_that_is_missing_and_one_that_fails_are_two_clear_errors(
+    tmp_path: Path, compiler: str, error: str
+) -> None:
+    code = "from remote_ops.tf.ops import load_ops; load_ops()"
+    environment = {**os.environ, "REMOTE_OPS_CACHE": str(tmp_path), "CXX": compiler}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert "expected 'no-such-compiler' on the PATH, got none; install g++" in done.stderr
+    assert re.search(error, done.stderr), done.stderr[-2000:]
