@@ -19,17 +19,18 @@ from rawpeer import Conversation, Message, peer, unreachable
 from tfpeer import MATRIX, ROOT, echo, mix, scaled
 
 import server_ref
-from remote_ops import FunctionServable, TensorSpec
+from remote_ops import FunctionServable, Retry, TensorSpec
 from remote_ops.graphpipe import decode_request, encode_error, encode_response
 
 tf = pytest.importorskip("tensorflow")
 
-from remote_ops.tf import fallback, ops  # noqa: E402
+from remote_ops.tf import callsite, fallback  # noqa: E402
 from remote_ops.tf.fallback import FallbackWarning  # noqa: E402
 from remote_ops.tf.ops import Client, remote_op, remote_op_multi  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::remote_ops.tf.fallback.FallbackWarning")
 
+ONE = Retry(attempts=1)
 X = np.arange(12, dtype=np.float32).reshape(3, 4) / 7
 OK = b"".join(encode_response([X]))
 Script = Callable[[Conversation], None]
@@ -67,11 +68,7 @@ def served() -> Iterator[Callable[[str], str]]:
 @pytest.fixture
 def in_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have `remote_op` call the fallback."""
-
-    def call(client: Client, *arguments: Any, pure: bool = True) -> Any:
-        return fallback.call(client, *arguments, pure=pure, timeout_s=client.timeout_s, on_error="raise")[0]
-
-    monkeypatch.setattr(ops, "call", call)
+    monkeypatch.setattr(callsite, "has_kernel", lambda: False)
 
 
 # --------------------------------------------------------------------------- answers
@@ -208,14 +205,14 @@ def test_threads_and_datasets_call_at_once() -> None:
             conversation.answer(OK)
 
     with peer(script) as server:
-        client = Client((server.url,), attempts=1)
+        client = Client((server.url,), retry=ONE)
         threads = [threading.Thread(target=ask, args=(client,)) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(10)
     with peer(answering(OK)) as server:
-        client = Client((server.url,), attempts=1)
+        client = Client((server.url,), retry=ONE)
         data = tf.data.Dataset.range(8).map(lambda n: ask(client), num_parallel_calls=4)
         assert [y.shape for y in data] == [(3, 4)] * 8
         for _ in range(100):
@@ -270,7 +267,7 @@ def test_every_fault_is_the_error_that_the_compiled_op_raises(
 
 
 def test_nobody_there_is_unavailable_in_a_dataset_too() -> None:
-    client = Client(("http://127.0.0.1:1/m",), attempts=1)
+    client = Client(("http://127.0.0.1:1/m",), retry=ONE)
     with pytest.raises(tf.errors.UnavailableError, match=r"127\.0\.0\.1:1/m"):
         ask(client)
     with pytest.raises(tf.errors.UnavailableError, match=r"127\.0\.0\.1:1/m"):
@@ -297,23 +294,38 @@ def test_a_wrong_output_and_complex_numbers_are_refused() -> None:
             ask(Client((server.url,)), tf.complex(X, X))
 
 
-def test_a_fault_can_be_told_by_its_code() -> None:
-    client = Client(("http://127.0.0.1:1/m",), attempts=1)
-    for on_error, value in (("zeros", 0), ("nan", np.nan)):
-        call = functools.partial(ask, client, shape=[2, None], on_error=on_error)
+def test_a_fault_can_be_told_by_its_code_and_fills_the_outputs_as_the_compiled_op_does(in_ops: None) -> None:
+    nobody = "http://127.0.0.1:1/m"
+    for dtype, shape, filled in (
+        (tf.float32, [None, 2], [[np.nan] * 2] * 3),
+        (tf.bfloat16, [2], [np.nan] * 2),
+        (tf.string, [2], [b"", b""]),
+        (tf.int64, [1, None], [[]]),
+        (tf.bool, None, False),
+    ):
+        call = functools.partial(remote_op, nobody, input_name="x", output_name="y", output_type=dtype,
+                                 output_shape=shape, on_error="status", retry=ONE)  # fmt: skip
         for run in (call, tf.function(call)):
-            outputs, code, message = run()
-            assert (int(code), code.dtype, outputs[0].shape) == (14, tf.int32, (2, 0))
-            assert b"127.0.0.1:1/m" in message.numpy()
-        outputs, _, _ = ask(client, shape=[2], on_error=on_error)
-        np.testing.assert_array_equal(outputs[0], [value] * 2)
-        outputs, _, _ = ask(client, dtype=tf.string, shape=[2], on_error=on_error)
-        assert outputs[0].numpy().tolist() == [b"", b""]
-        outputs, _, _ = ask(client, dtype=tf.int64, shape=[], on_error=on_error)
-        assert outputs[0].numpy() == 0
+            output, status = run(tf.constant(X))
+            np.testing.assert_array_equal(output.numpy().astype(output.dtype.as_numpy_dtype).tolist(), filled)
+            assert (int(status.code), status.code.dtype) == (14, tf.int32)
+            assert b"127.0.0.1:1/m" in status.message.numpy()
     with peer(answering(OK)) as server:
-        outputs, code, message = tf.function(functools.partial(ask, Client((server.url,)), on_error="nan"))()
-        assert (outputs[0].numpy().tolist(), int(code), message.numpy()) == (X.tolist(), 0, b"")
+        output, status = tf.function(lambda x: remote_op(server.url, x, "x", "y", tf.float32, on_error="status"))(X)
+        assert (output.numpy().tolist(), int(status.code), status.message.numpy()) == (X.tolist(), 0, b"")
+
+
+def test_a_timeout_may_be_a_tensor(in_ops: None) -> None:
+    with unreachable() as url:
+
+        @tf.function
+        def function(x: Any, timeout_s: Any) -> Any:
+            return remote_op(url, x, "x", "y", tf.float32, timeout_s=timeout_s)
+
+        since = time.monotonic()
+        with pytest.raises(tf.errors.DeadlineExceededError, match=url):
+            function(tf.constant(X), tf.constant(0.25))
+        assert time.monotonic() - since < 5
 
 
 def test_a_header_is_read_from_the_environment_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,7 +367,5 @@ def test_a_process_without_a_compiler_calls_all_the_same(served: Callable[[str],
         [sys.executable, "-c", code, served("mix")],
         env=environment, cwd=ROOT, capture_output=True, text=True, timeout=90, check=False,
     )  # fmt: skip
-    if "BuildError" in done.stderr and not hasattr(ops, "fallback"):
-        pytest.skip("remote_op does not call the fallback yet")
     assert done.stdout.strip() == "(2, 4)", done.stderr[-2000:]
     assert done.stderr.count("FallbackWarning") == 1

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +29,11 @@ from remote_ops.errors import (
     NotDifferentiable,
     RemoteError,
     RemoteOpsError,
-    SpecError,
     answer_of,
 )
 from remote_ops.policy import Retry
 from remote_ops.signature import DTYPES, Array, Signature, TensorSpec
+from remote_ops.tf.client import Client
 from remote_ops.tf.failure import fail_if
 from remote_ops.tf.tensors import array_of
 from remote_ops.transport import HttpTransport
@@ -50,7 +49,7 @@ class FallbackWarning(UserWarning):
 
 
 def call(
-    client: Any,
+    client: Client,
     inputs: Sequence[Tensor],
     input_names: Sequence[str],
     output_names: Sequence[str],
@@ -59,17 +58,17 @@ def call(
     config: str | bytes = b"",
     *,
     pure: bool = True,
-    timeout_s: float = 30.0,
+    timeout_s: Any = 30.0,
     on_error: str = "raise",
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """One call without a gradient: names and tensors in; the outputs, a status code and its words out.
 
     Args:
-        client: who is called: `urls`, or `endpoint`, the name of an environment variable; `headers`, `tls`, `retry`.
+        client: who is called.
         pure: False has TensorFlow run it even where nobody uses its outputs.
-        timeout_s: seconds that a call may take in all, retries included.
-        on_error: `raise`; with anything else a fault is told by the code, which is 0 for none, and the outputs are
-            zeros, or for `nan` NaN, of the shape asked for, with 0 for every unknown size.
+        timeout_s: seconds that a call may take in all, retries included; a number, or a scalar tensor.
+        on_error: `raise`, or `status`: then a fault is told by the code, 0 for none, and the outputs are filled as
+            those of the compiled op.
 
     Raises:
         tf.errors.OpError: when it runs; the classes of the compiled op.
@@ -78,7 +77,7 @@ def call(
         FallbackWarning: once per process.
     """
     _warn()
-    site = _Site.of(client, inputs, input_names, output_names, output_types, output_shapes, config, timeout_s, on_error)
+    site = _Site.of(client, inputs, input_names, output_names, output_types, output_shapes, config)
     run = _run_eagerly if tf.executing_eagerly() else _run_in_graph
     raises = on_error == "raise"
 
@@ -87,7 +86,7 @@ def call(
         outputs, code, message = run(site, tensors, list(output_types), list(output_shapes), pure=pure, raises=raises)
         return [*outputs, code, message], _no_second_derivative
 
-    *outputs, code, message = once(*inputs)
+    *outputs, code, message = once(tf.cast(timeout_s, tf.float64), *inputs)
     return outputs, code, message
 
 
@@ -170,46 +169,45 @@ def _nonce() -> Tensor:
 class _Site:
     """A call site: what it sends and expects, as the signature that the server is held to."""
 
-    client: Any
+    client: Client
     signature: Signature
     config: bytes
-    timeout_s: float
-    on_error: str
 
     @classmethod
     def of(
-        cls, client: Any, inputs: Sequence[Tensor], input_names: Sequence[str], output_names: Sequence[str],
-        types: Sequence[tf.DType], shapes: Sequence[tf.TensorShape], config: str | bytes, timeout_s: float,
-        on_error: str,
+        cls, client: Client, inputs: Sequence[Tensor], input_names: Sequence[str], output_names: Sequence[str],
+        types: Sequence[tf.DType], shapes: Sequence[tf.TensorShape], config: str | bytes,
     ) -> _Site:  # fmt: skip
         """A call site of what the op is given."""
         taken = [_spec("input", name, tensor.dtype, None) for name, tensor in zip(input_names, inputs, strict=True)]
         given = [_spec("output", *row) for row in zip(output_names, types, shapes, strict=True)]
         config = config.encode() if isinstance(config, str) else config
-        return cls(client, Signature(tuple(taken), tuple(given)), config, float(timeout_s), on_error)
+        return cls(client, Signature(tuple(taken), tuple(given)), config)
 
-    def __call__(self, *values: Any) -> tuple[Any, ...]:
-        """Make the call: arrays in; a status code, its words, and the outputs out."""
+    def __call__(self, timeout_s: Any, *values: Any) -> tuple[Any, ...]:
+        """Make the call: seconds and arrays in; a status code, its words, and the outputs out."""
         names = [spec.name for spec in self.signature.outputs]
         arrays = {spec.name: _array(value) for spec, value in zip(self.signature.inputs, values, strict=True)}
         try:
-            found = self._endpoint().infer(arrays, names, config=self.config, deadline=Deadline.after(self.timeout_s))
+            found = self._endpoint().infer(arrays, names, config=self.config, deadline=Deadline.after(float(timeout_s)))
         except RemoteOpsError as error:
             code, message = _status(error)
-            return np.int32(code), _text(message), *(self._filler(spec) for spec in self.signature.outputs)
+            return np.int32(code), _text(message), *(_filler(spec, arrays.values()) for spec in self.signature.outputs)
         return np.int32(0), _text(""), *(found[name] for name in names)
 
     def _endpoint(self) -> Endpoint:
         client = self.client
-        headers = tuple(dict(client.headers).items())
-        retry = getattr(client, "retry", None) or Retry(attempts=client.attempts)
-        return _endpoint(_urls(client), headers, client.tls, retry, self.signature)
+        return _endpoint(client.places, client.headers, client.tls, client.retry, self.signature)
 
-    def _filler(self, spec: TensorSpec) -> Array:
-        shape = (0,) if spec.shape is None else tuple(max(0, size) for size in spec.shape)
-        if spec.dtype == "string":
-            return np.full(shape, b"", object)
-        return np.full(shape, np.nan if self.on_error == "nan" and spec.is_float else 0, DTYPES[spec.dtype].numpy)
+
+def _filler(spec: TensorSpec, inputs: Iterable[Array]) -> Array:
+    """What stands for an output that there is none of."""
+    rows = next((array.shape[0] for array in inputs if array.ndim), 0)
+    sizes = spec.shape or ()
+    shape = tuple(size if size >= 0 else rows if axis == 0 else 0 for axis, size in enumerate(sizes))
+    if spec.dtype == "string":
+        return np.full(shape, b"", object)
+    return np.full(shape, np.nan if spec.is_float else 0, DTYPES[spec.dtype].numpy)
 
 
 def _spec(kind: str, name: str, dtype: tf.DType, shape: tf.TensorShape | None) -> TensorSpec:
@@ -231,15 +229,6 @@ def _endpoint(urls: tuple[str, ...], headers: Any, tls: Any, retry: Retry, signa
 def _transport(tls: TLS | None) -> HttpTransport:
     """The connections that all call sites share."""
     return HttpTransport(tls)
-
-
-def _urls(client: Any) -> tuple[str, ...]:
-    variable = getattr(client, "endpoint", None)
-    if not variable:
-        return tuple(client.urls)
-    if not os.environ.get(variable):
-        raise SpecError(f"the URL is in the environment variable {variable}, which is not set")
-    return (os.environ[variable],)
 
 
 def _array(value: Any) -> Array:
