@@ -28,7 +28,7 @@ from tfpeer import MATRIX, ROOT, echo, mix, python, scaled
 import server_ref
 from remote_ops import FunctionServable, Retry, SignatureError, SpecError, TensorSpec
 from remote_ops.deadline import deadline
-from remote_ops.errors import DeadlineExceeded
+from remote_ops.errors import DeadlineExceeded, NotDifferentiable
 from remote_ops.graphpipe import METADATA_REQUEST, decode_request, encode_error, encode_metadata, encode_response
 from remote_ops.url import TLS
 
@@ -298,8 +298,37 @@ def test_a_second_derivative_is_a_named_error(served: Callable[[str], str]) -> N
             inner.watch(x)
             y = remote_op(served("mix"), x)
         gradient = inner.gradient(y, x)
-    with pytest.raises(Exception, match="no second derivative"):
+    with pytest.raises((NotDifferentiable, LookupError), match="no second derivative"):
         outer.gradient(gradient, x)
+
+
+def test_forward_mode_is_a_named_error(served: Callable[[str], str]) -> None:
+    x = tf.constant(X)
+    with pytest.raises(NotDifferentiable, match="none in forward mode"):
+        with tf.autodiff.ForwardAccumulator(x, tf.ones_like(x)):
+            remote_op(served("mix"), x)
+
+
+@pytest.mark.parametrize("pure", [True, False])
+@pytest.mark.parametrize("on_error", ["raise", "status"])
+def test_eight_gradients_of_one_function_are_under_way_at_once(pure: bool, on_error: str) -> None:
+    together = threading.Barrier(8)
+
+    def answer(conversation: Conversation, request: Message) -> None:
+        together.wait(10)
+        conversation.answer(OK)
+
+    with peer(serving(mix().signature, answer)) as server:
+
+        @tf.function
+        def gradient(x: Any) -> Any:
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                found = [remote_op(server.url, x, pure=pure, on_error=on_error, retry=ONE) for _ in range(8)]
+                y = tf.add_n([one if on_error == "raise" else one[0] for one in found])
+            return tape.gradient(y, x)
+
+        np.testing.assert_allclose(gradient(tf.constant(X)), 8 * X, rtol=1e-6)
 
 
 SAVED = """
@@ -774,7 +803,9 @@ from remote_ops.tf.ops import remote_op
 
 def ask(host, **options):
     url = sys.argv[1].replace("127.0.0.1", host)
-    return remote_op(url, tf.zeros([1]), "x", "y", tf.float32, **options).shape.as_list()
+    # In a function, whose calls share four loops.
+    call = tf.function(lambda: remote_op(url, tf.zeros([1]), "x", "y", tf.float32, **options))
+    return call().shape.as_list()
 
 def failure(call):
     since = time.monotonic()

@@ -103,6 +103,7 @@ def call(
         config=config,
         on_error=on_error,
         differentiable=differentiable,
+        blocking=tf.executing_eagerly(),
     )
     return list(outputs), code, message
 

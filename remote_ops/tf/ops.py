@@ -138,9 +138,9 @@ def _ask(
         except SignatureError:
             if not site.client.forget():  # else the model may be another by now
                 raise
-    has_kernel()  # builds it, which takes nothing of the call's time
     # What a call takes in all bounds the request for metadata: call sites are alike whatever that is.
     client = Client.of(uri, headers, retry, tls=tls, timeout_s=math.inf, endpoint=endpoint)
+    has_kernel()  # builds it, which takes nothing of the call's time
 
     def made() -> CallSite:
         site = CallSite.of(
@@ -160,7 +160,7 @@ def _ask(
 
 def _timeout(timeout_s: Any) -> Any:
     """A number above 0, or a scalar tensor of float32."""
-    if not tf.is_tensor(timeout_s):
+    if isinstance(timeout_s, int | float) or not tf.is_tensor(timeout_s):
         check_length("timeout_s", timeout_s)
         return timeout_s
     if not timeout_s.shape.is_compatible_with([]) or not (timeout_s.dtype.is_floating or timeout_s.dtype.is_integer):
@@ -186,6 +186,8 @@ def _key(*arguments: Any) -> Hashable:
 
 
 def _frozen(value: Any) -> Any:
+    if value is None or isinstance(value, str | bool):  # most are
+        return value
     if isinstance(value, list | tuple):
         return tuple(map(_frozen, value))
     return tuple(value.items()) if isinstance(value, Mapping) else value

@@ -84,8 +84,8 @@ def _gradient(infer: Any, op: Any, *cotangents: Tensor) -> list[Tensor | None]:
     input_names, output_names = _texts(op.get_attr("input_names")), _texts(op.get_attr("output_names"))
     if any(name.startswith("gradient:") for name in output_names):
         raise NotDifferentiable(
-            "a remote model has no second derivative: expected one tape around it, got the gradient of a gradient; "
-            "put tf.stop_gradient around the first"
+            "a remote model has no second derivative, and none in forward mode: expected one tape around it, got the "
+            "gradient of a gradient; put tf.stop_gradient around the first"
         )
     types = [tensor.dtype for tensor in op.outputs[:-2]]
     wanted, given = vjp_parts([tensor.dtype for tensor in inputs], op.get_attr("differentiable"), types, cotangents)
@@ -100,6 +100,7 @@ def _gradient(infer: Any, op: Any, *cotangents: Tensor) -> list[Tensor | None]:
             input_names=[*input_names, *(f"cotangent:{output_names[i]}" for i in given)],
             output_names=[f"gradient:{input_names[i]}" for i in wanted],
             config=op.get_attr("config"),
+            blocking=tf.executing_eagerly(),
         )
         return list(outputs)
 

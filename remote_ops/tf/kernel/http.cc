@@ -315,13 +315,23 @@ struct Shared {
   Resolver resolver;
 };
 
-// One thread that drives many calls. `mutex_` guards what other threads put in; the rest is the thread's own.
+// Drives many calls on a thread of its own, or one on the caller's. `mutex_` guards what other threads put in; the rest is the thread's own.
 class Loop {
  public:
-  explicit Loop(Shared* shared) : shared_(shared), multi_(curl_multi_init()) {
+  Loop(Shared* shared, bool has_thread) : shared_(shared), multi_(curl_multi_init()) {
     curl_multi_setopt(multi_, CURLMOPT_MAXCONNECTS, 64L);
     curl_multi_setopt(multi_, CURLMOPT_PIPELINING, static_cast<long>(CURLPIPE_NOTHING));
-    std::thread([this] { Run(); }).detach();
+    if (has_thread) std::thread([this] { Run(); }).detach();
+  }
+
+  // Drives a call on this thread until it is over; for a loop without its own.
+  void Drive(const std::shared_ptr<Call>& call) {
+    Schedule(call, call->next);
+    for (;;) {
+      Step();
+      if (call->over) return;
+      Wait();
+    }
   }
 
   void Put(std::shared_ptr<Call> call, bool give_up) {
@@ -343,15 +353,21 @@ class Loop {
 
   void Run() {
     for (;;) {
-      TakeIn();
-      StartDue();
-      int running = 0;
-      curl_multi_perform(multi_, &running);
-      while (Reap()) {
-      }
-      curl_multi_poll(multi_, nullptr, 0, PatienceMs(), nullptr);
+      Step();
+      Wait();
     }
   }
+
+  void Step() {
+    TakeIn();
+    StartDue();
+    int running = 0;
+    curl_multi_perform(multi_, &running);
+    while (Reap()) {
+    }
+  }
+
+  void Wait() { curl_multi_poll(multi_, nullptr, 0, PatienceMs(), nullptr); }
 
   int PatienceMs() const {
     if (waiting_.empty()) return 60'000;
@@ -647,6 +663,7 @@ struct Loops {
   Shared shared;
   std::mutex mutex;
   std::vector<std::unique_ptr<Loop>> loops;
+  std::vector<Loop*> idle;  // of those without a thread; they belong to nobody else, and are as many as callers at once
 
   static Loops& Mine() {
     static std::atomic<Loops*> mine{nullptr};
@@ -670,17 +687,31 @@ struct Loops {
       if (best == nullptr || loop->load < best->load) best = loop.get();
     }
     if ((best == nullptr || best->load > 0) && loops.size() < kLoops) {
-      loops.push_back(std::make_unique<Loop>(&shared));
+      loops.push_back(std::make_unique<Loop>(&shared, true));
       best = loops.back().get();
     }
     ++best->load;
     return best;
   }
+
+  // The one used last, whose connection is the warmest.
+  Loop* Borrow() {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (idle.empty()) return new Loop(&shared, false);
+    Loop* loop = idle.back();
+    idle.pop_back();
+    return loop;
+  }
+
+  void Return(Loop* loop) {
+    std::lock_guard<std::mutex> lock(mutex);
+    idle.push_back(loop);
+  }
 };
 
 }  // namespace
 
-void Begin(Call* call) {
+void Begin(Call* call, bool blocking) {
   static std::atomic<unsigned> turns{0};
   call->turn = turns++;
   call->place = call->turn % call->urls->size();
@@ -690,15 +721,24 @@ void Begin(Call* call) {
   auto& pieces = call->pieces;
   pieces.erase(std::remove_if(pieces.begin(), pieces.end(), [](std::string_view piece) { return piece.empty(); }), pieces.end());
   for (std::string_view piece : pieces) call->body_bytes += piece.size();
-  call->loop = Loops::Mine().Pick();
+  call->blocking = blocking;
+  call->loop = blocking ? Loops::Mine().Borrow() : Loops::Mine().Pick();
 }
 
 void Start(std::shared_ptr<Call> call) {
   Loop* loop = call->loop;
-  loop->Put(std::move(call), false);
+  if (!call->blocking) return loop->Put(std::move(call), false);
+  loop->Drive(call);
+  Loops::Mine().Return(loop);
 }
 
-void Drop(Call* call) { --call->loop->load; }
+void Drop(Call* call) {
+  if (call->blocking) {
+    Loops::Mine().Return(call->loop);
+  } else {
+    --call->loop->load;
+  }
+}
 
 void Cancel(const std::shared_ptr<Call>& call) { call->loop->Put(call, true); }
 

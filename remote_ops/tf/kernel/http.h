@@ -1,7 +1,8 @@
-// Carries one call and its answer between here and its URLs, over kept connections, on threads of its own.
+// Carries one call and its answer between here and its URLs, over kept connections, on threads of its own, or on that of
+// a caller who waits anyway.
 //
-// A `Loop` is one thread with one curl multi handle; all that a `Call` changes while it is under way, only that thread
-// changes. It knows GraphPipe's errors, because they say whether to try again, and nothing of TensorFlow.
+// A `Loop` is one curl multi handle and the thread that drives it; all that a `Call` changes while it is under way, only
+// that thread changes. It knows GraphPipe's errors, because they say whether to try again, and nothing of TensorFlow.
 
 #ifndef REMOTE_OPS_HTTP_H_
 #define REMOTE_OPS_HTTP_H_
@@ -166,6 +167,7 @@ struct Call {
 
   // The loop's own.
   Loop* loop = nullptr;
+  bool blocking = false;
   unsigned turn = 0;
   int attempt = 0;
   size_t place = 0;           // of the replica that this attempt goes to
@@ -185,7 +187,8 @@ struct Call {
 };
 
 // The life of a call: `Begin` starts its clock and gives it a loop; then `Start` hands it over, or `Drop` lets it be.
-void Begin(Call* call);
+// A call that is `blocking` gets a loop without a thread: `Start` drives it on the caller's, until the call is over.
+void Begin(Call* call, bool blocking);
 void Start(std::shared_ptr<Call> call);
 void Drop(Call* call);
 

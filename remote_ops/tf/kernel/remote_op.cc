@@ -30,6 +30,7 @@
 #include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/framework/types.h"
 #include "tensorflow/core/framework/variant.h"
+#include "tensorflow/core/framework/variant_op_registry.h"
 #include "tensorflow/core/framework/variant_tensor_data.h"
 
 #include "http.h"
@@ -137,6 +138,15 @@ struct ClientValue {
   bool Decode(const tf::VariantTensorData&) { return false; }
   std::string DebugString() const { return "remote_ops client"; }
 };
+
+// Forward-mode differentiation wants a tangent of every input before it finds that there is no second derivative.
+absl::Status NoTangent(tf::OpKernelContext*, const ClientValue& client, ClientValue* zero) {
+  *zero = client;
+  return {};
+}
+
+using tf::TypeIndex;  // which the macro names without its namespace
+REGISTER_UNARY_VARIANT_UNARY_OP_FUNCTION(tf::ZEROS_LIKE_VARIANT_UNARY_OP, tf::DEVICE_CPU, ClientValue, NoTangent);
 
 class ClientOp : public tf::OpKernel {
  public:
@@ -254,6 +264,7 @@ class InferOp : public tf::AsyncOpKernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("output_shapes", &output_shapes_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("config", &config_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("on_error", &on_error));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("blocking", &blocking_));
     raises_ = on_error == "raise";
     OP_REQUIRES(ctx, input_names_.empty() || static_cast<int>(input_names_.size()) == ctx->num_inputs() - kFirst,
                 StatusOf(kInvalidArgument, "expected as many input_names as inputs, or none"));
@@ -284,7 +295,7 @@ class InferOp : public tf::AsyncOpKernel {
         done();
       };
       // A small answer is taken out sooner than another thread wakes up.
-      if (weak.lock()->body->view().size() <= kSmallBytes) {
+      if (blocking_ || weak.lock()->body->view().size() <= kSmallBytes) {
         finish();
       } else {
         workers->Schedule(std::move(finish));
@@ -292,7 +303,7 @@ class InferOp : public tf::AsyncOpKernel {
     };
     Call* call = job.get();
     std::shared_ptr<Call> shared = job;
-    Begin(call);
+    Begin(call, blocking_);
     if (cancellation && !cancellation->RegisterCallback(token, [shared] { Cancel(shared); })) {
       ctx->SetStatus(StatusOf(kCancelled, "the call to " + job->urls->front().text + " was cancelled"));
       Drop(call);
@@ -496,7 +507,7 @@ class InferOp : public tf::AsyncOpKernel {
   tf::DataTypeVector output_types_;
   std::vector<tf::PartialTensorShape> output_shapes_;
   std::string config_;
-  bool raises_ = true;
+  bool raises_ = true, blocking_ = false;
 };
 
 absl::Status InferShapes(tf::shape_inference::InferenceContext* c) {
@@ -554,10 +565,12 @@ REGISTER_OP("RemoteOpsClient")
       .Attr("config: string = ''")                            \
       .Attr("on_error: {'raise', 'status'} = 'raise'")        \
       .Attr("differentiable: list(int) = []")                 \
+      .Attr("blocking: bool = false")                         \
       .SetIsDistributedCommunication()                        \
       .SetShapeFn(InferShapes)                                \
       .Doc("One call of the model that `client` stands for. `differentiable` holds the inputs that it can " \
-           "differentiate, for who defines the gradient.")
+           "differentiate, for who defines the gradient. `blocking` has the thread that runs it make the call: for " \
+           "eager mode, where it would wait for another.")
 
 // Without IsDistributedCommunication the executor would turn an Unavailable of ours into an Internal.
 REMOTE_OPS_INFER("RemoteOpsInfer", "variant");
