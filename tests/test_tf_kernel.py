@@ -633,6 +633,29 @@ def test_metadata_is_asked_once_for_many_calls_and_within_their_timeout() -> Non
         assert seen.count(METADATA_REQUEST) == 1
 
 
+@pytest.mark.parametrize("graph", [False, True])
+def test_sixteen_threads_get_each_their_own_answers(served: Callable[[str], str], graph: bool) -> None:
+    def call(x: Any) -> Any:
+        return remote_op(served("float64"), x)
+
+    def work(number: int) -> None:
+        for turn in range(60):
+            size = 1 + 4000 * (turn % 2)  # small answers and large ones are taken out in different ways
+            sent = np.full(size, number + turn / 100)
+            wrong.extend([] if np.array_equal(function(tf.constant(sent)), sent) else [(number, turn)])
+            done[number] += 1
+
+    function = tf.function(call, input_signature=[tf.TensorSpec([None], tf.float64)]) if graph else call
+    wrong: list[tuple[int, int]] = []
+    done = [0] * 16
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert (done, wrong) == ([60] * 16, [])
+
+
 @pytest.mark.parametrize("pure", [True, False])
 def test_eager_calls_leave_nothing_behind(pure: bool) -> None:
     with peer(answering(OK)) as server:

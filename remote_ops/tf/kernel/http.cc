@@ -445,7 +445,7 @@ class Loop {
   // The same until there is a connection: one of several replicas does not get all the time for it.
   static double LeftToConnect(const Call& call) {
     const double left = Left(call);
-    const int more = call.urls->size() > 1 ? std::max(1, call.policy().attempts - call.attempt + 1) : 1;
+    const int more = std::min<int>(call.urls->size(), std::max(1, call.policy().attempts - call.attempt + 1));
     return AtMost(call.policy().connect_timeout_s, left / more);
   }
 
