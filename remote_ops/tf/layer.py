@@ -11,12 +11,11 @@ set by operations that are atomic in CPython.
 from __future__ import annotations
 
 import base64
-import contextlib
 import dataclasses
 import functools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 try:
@@ -27,9 +26,10 @@ except ModuleNotFoundError as error:
     raise ImportError("remote_ops.tf.RemoteLayer needs keras: pip install 'keras>=3'") from error
 
 from remote_ops.client import Endpoint
-from remote_ops.errors import RemoteOpsError, SignatureError, SpecError
+from remote_ops.errors import SignatureError, SpecError
 from remote_ops.policy import Retry
 from remote_ops.signature import Signature, TensorSpec, parse_spec
+from remote_ops.tf.unwrapped import unwrapped
 from remote_ops.url import TLS, Url
 
 __all__ = ["RemoteLayer"]
@@ -130,7 +130,7 @@ class RemoteLayer(keras.layers.Layer):  # type: ignore[misc]
             SignatureError: an input does not fit; nothing was sent.
             tf.errors.OpError: on TensorFlow, the call failed. On PyTorch, what `Endpoint` raises.
         """
-        with _as_it_is():
+        with unwrapped():
             face = self._known()
             values, as_dict = face.named(inputs)
             fitted = {spec.name: _fitted(spec, values[spec.name], face.at) for spec in face.taken}
@@ -138,7 +138,7 @@ class RemoteLayer(keras.layers.Layer):  # type: ignore[misc]
 
     def compute_output_spec(self, inputs: Any) -> Any:
         """What `call` gives for symbolic inputs: shape and dtype of each output, from the signature."""
-        with _as_it_is():
+        with unwrapped():
             face = self._known()
             values, as_dict = face.named(inputs)
             for spec in face.taken:
@@ -407,16 +407,6 @@ def _torch_call(peer: _Peer, config: bytes, pure: bool) -> _Call:
         return [results[spec.name] for spec in face.given]
 
     return call
-
-
-@contextlib.contextmanager
-def _as_it_is() -> Iterator[None]:
-    """Have keras raise an error of ours as it is: it would make a new one of the message, without the rest."""
-    try:
-        yield
-    except RemoteOpsError as error:
-        error._keras_call_info_injected = True  # type: ignore[attr-defined]
-        raise
 
 
 # --------------------------------------------------------------------------- arguments

@@ -20,6 +20,7 @@ from remote_ops.policy import Retry
 from remote_ops.tf.callsite import CallSite, Status, call, dtype_of, shape_of
 from remote_ops.tf.client import Client, Kept, check_length
 from remote_ops.tf.rawop import has_kernel, load_ops
+from remote_ops.tf.unwrapped import unwrapped
 from remote_ops.url import TLS
 
 __all__ = ["Client", "Status", "call", "dtype_of", "load_ops", "remote_op", "remote_op_multi", "shape_of"]
@@ -117,6 +118,7 @@ def remote_op_multi(
 
 
 @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
+@unwrapped()
 def _ask(
     uri: Any, inputs: Sequence[Any], input_names: Any, output_names: Any, types: Any, shapes: Any,
     config: str | bytes, endpoint: str | None, timeout_s: Any, headers: Any, tls: TLS | None, retry: Retry, pure: bool,

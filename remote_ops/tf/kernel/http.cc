@@ -228,6 +228,7 @@ Failure OfCurl(const Call& call, CURLcode code) {
     case CURLE_GOT_NOTHING:
     case CURLE_PARTIAL_FILE:
     case CURLE_SEND_FAIL_REWIND:
+    case CURLE_READ_ERROR:  // what it makes of a request that may not be sent again
       return Passing(kUnavailable, std::string("the connection ended while ") + Phase(call.easy, AllSent(call)) + " (" + why +
                                        ") - at " + url);
     case CURLE_WRITE_ERROR:
