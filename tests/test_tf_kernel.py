@@ -656,6 +656,30 @@ def test_sixteen_threads_get_each_their_own_answers(served: Callable[[str], str]
     assert (done, wrong) == ([60] * 16, [])
 
 
+FORKED = """
+import os, sys, threading, tensorflow as tf
+from remote_ops.tf.ops import remote_op
+def ask(): return remote_op(sys.argv[1], tf.zeros([1]), "x", "y", tf.float32, timeout_s=10.0).shape.as_list()
+assert ask() == [3, 4]
+child = os.fork()
+if child == 0:
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(ask())) for _ in range(8)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    os._exit(0 if found == [[3, 4]] * 8 else 7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), ask())
+"""
+
+
+@pytest.mark.slow
+def test_a_forked_process_makes_eager_calls_over_connections_of_its_own() -> None:
+    with peer(answering(OK)) as server:
+        done = python(FORKED, server.url)
+        assert done.stdout.strip() == "0 [3, 4]", done.stderr[-2000:]
+        assert 2 <= server.connections <= 9  # one of the parent, and some of the child
+
+
 @pytest.mark.parametrize("pure", [True, False])
 def test_eager_calls_leave_nothing_behind(pure: bool) -> None:
     with peer(answering(OK)) as server:
