@@ -245,6 +245,7 @@ def test_one_output_of_several_is_not_chosen_for_you(served: Callable[[str], str
         ({"uri": None, "endpoint": "no name"}, "name of an environment variable, got 'no name'"),
         ({"retry": 3}, r"expected a Retry\(...\), got a int"),
         ({"tls": "ca.pem"}, r"expected a TLS\(...\), got a str"),
+        ({"headers": {"Content-Length": "${LENGTH}"}}, "no header of this name can be set: 'Content-Length'"),
         ({"headers": "Authorization"}, "expected a dict of names and values, got a str"),
     ],
 )

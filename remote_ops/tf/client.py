@@ -107,9 +107,7 @@ class Client:
 
     def __post_init__(self) -> None:
         self._check_place()
-        for name, value, kind in (("retry", self.retry, Retry), ("tls", self.tls, TLS)):
-            if not isinstance(value, kind) and (value is not None or name == "retry"):
-                raise SpecError(f"expected a {kind.__name__}(...), got a {type(value).__name__}", path=name)
+        self._check_as_endpoint()
         for name, length in (
             ("timeout_s", self.timeout_s),
             ("connect_timeout_s", self.connect_timeout_s),
@@ -125,6 +123,11 @@ class Client:
         if self.endpoint is not None and not (isinstance(self.endpoint, str) and _NAME.fullmatch(self.endpoint)):
             raise SpecError(f"expected the name of an environment variable, got {self.endpoint!r}", path="endpoint")
         _check_urls(self.urls)
+
+    def _check_as_endpoint(self) -> None:
+        """What an `Endpoint` refuses, an op refuses; making one touches no network."""
+        usual = "https://localhost" if self.tls else "http://localhost"
+        Endpoint(list(self.urls) or usual, headers=dict(self.headers), tls=self.tls, retry=self.retry)
 
     def _check_secrets(self) -> None:
         for name, value in self.headers:

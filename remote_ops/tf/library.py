@@ -24,8 +24,8 @@ from remote_ops.errors import RemoteOpsError
 __all__ = ["BuildError", "CompilerMissing", "op_library"]
 
 KERNEL = Path(__file__).parent / "kernel"
-SOURCES = ("remote_op.cc", "http.cc")
-HEADERS = ("graphpipe.h", "http.h", "replicas.h", "resolver.h")
+SOURCES = ("remote_op.cc", "http.cc", "url.cc")
+HEADERS = ("graphpipe.h", "http.h", "replicas.h", "resolver.h", "url.h")
 
 
 class BuildError(RemoteOpsError):

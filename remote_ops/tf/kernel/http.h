@@ -26,6 +26,7 @@
 
 #include "graphpipe.h"
 #include "replicas.h"
+#include "url.h"
 
 namespace remote_ops {
 
@@ -57,47 +58,9 @@ inline Failure Away(std::string message) { return {kUnavailable, std::move(messa
 inline Failure Passing(Code code, std::string message) { return {code, std::move(message), true, false}; }
 inline Failure Final(Code code, std::string message) { return {code, std::move(message), false, false}; }
 
-// Where a request goes. `text` is for messages: a query, which may hold a secret, is left out of it.
-struct Url {
-  std::string text;
-  std::string curl;       // what curl is given
-  std::string unix_path;  // empty for all but http+unix
-  std::string host;
-  int port = 0;
-  bool is_named = false;  // the host has to be looked up
-
-  // Throws std::invalid_argument.
-  static Url Parse(const std::string& full);
-
- private:
-  void SetHost(const std::string& place, int usual_port);
-};
-
 struct Tls {
   std::string ca, cert, key, password;
   bool verify = true;
-};
-
-using Urls = std::shared_ptr<const std::vector<Url>>;
-
-// Where the calls of a client go: to fixed URLs, or to what an environment variable holds, separated by spaces.
-class Places {
- public:
-  Places() = default;
-  // Throws std::invalid_argument.
-  Places(const std::vector<std::string>& urls, std::string variable);
-
-  // The URLs of a call that begins now; a variable is read each time, and parsed when it has changed. Throws
-  // std::invalid_argument.
-  Urls Now() const;
-  // For messages.
-  std::string text() const { return variable_.empty() ? urls_->front().text : "${" + variable_ + "}"; }
-
- private:
-  std::string variable_;
-  mutable std::mutex mutex_;  // guards the rest, which is constant where there is no variable
-  mutable std::string read_;
-  mutable Urls urls_;
 };
 
 // How often a call is sent, and how long one sending may take. 0 seconds: only the call's own deadline holds.
