@@ -16,6 +16,7 @@ from typing import Any
 import tensorflow as tf
 
 from remote_ops.errors import NotDifferentiable
+from remote_ops.tf.interrupt import arm
 from remote_ops.tf.library import CompilerMissing, op_library
 
 __all__ = ["has_kernel", "load_ops", "vjp_parts"]
@@ -44,14 +45,20 @@ def has_kernel() -> bool:
         BuildError: the compiler failed.
     """
     with _LOCK:
-        return not isinstance(_load(), CompilerMissing)
+        there = not isinstance(_load(), CompilerMissing)
+    if there:
+        arm(_path())
+    return there
+
+
+_path = functools.cache(op_library)
 
 
 @functools.cache
 def _load() -> Any:
     """The ops, or why there are none: who has no compiler now is not asked again at each call."""
     try:
-        ops = tf.load_op_library(str(op_library()))
+        ops = tf.load_op_library(str(_path()))
     except CompilerMissing as error:
         return error
     for name, infer in (

@@ -324,6 +324,7 @@ class Loop {
 
   // Drives a call on this thread until it is over; for a loop without its own.
   void Drive(const std::shared_ptr<Call>& call) {
+    give_up_all_ = false;  // that was for the calls before
     Schedule(call, call->next);
     for (;;) {
       Step();
@@ -337,6 +338,12 @@ class Loop {
       std::lock_guard<std::mutex> lock(mutex_);
       (give_up ? given_up_ : started_).push_back(std::move(call));
     }
+    curl_multi_wakeup(multi_);
+  }
+
+  // Gives up every call that is under way.
+  void GiveUpAll() {
+    give_up_all_ = true;
     curl_multi_wakeup(multi_);
   }
 
@@ -383,6 +390,10 @@ class Loop {
       resolved.swap(resolved_);
     }
     for (auto& call : started) Schedule(call, call->next);
+    if (give_up_all_.exchange(false)) {
+      for (const auto& entry : waiting_) given_up.push_back(entry.second);
+      for (const auto& entry : running_) given_up.push_back(entry.second);
+    }
     for (auto& call : given_up) {
       if (!call->over) End(call, Final(kCancelled, "the call to " + call->urls->front().text + " was cancelled"));
     }
@@ -644,6 +655,7 @@ class Loop {
   CURLM* const multi_;
   std::mutex mutex_;
   std::vector<std::shared_ptr<Call>> started_, given_up_;
+  std::atomic<bool> give_up_all_{false};
   std::vector<Resolved> resolved_;
   std::multimap<Instant, std::shared_ptr<Call>> waiting_;
   std::unordered_map<CURL*, std::shared_ptr<Call>> running_;
@@ -661,7 +673,8 @@ struct Loops {
   Shared shared;
   std::mutex mutex;
   std::vector<std::unique_ptr<Loop>> loops;
-  std::vector<Loop*> idle;  // of those without a thread; they belong to nobody else, and are as many as callers at once
+  std::vector<Loop*> idle;  // of those without a thread, which are as many as callers at once
+  std::vector<Loop*> all;
 
   static Loops& Mine() {
     static std::atomic<Loops*> mine{nullptr};
@@ -687,6 +700,7 @@ struct Loops {
     if ((best == nullptr || best->load > 0) && loops.size() < kLoops) {
       loops.push_back(std::make_unique<Loop>(&shared, true));
       best = loops.back().get();
+      all.push_back(best);
     }
     ++best->load;
     return best;
@@ -695,7 +709,10 @@ struct Loops {
   // The one used last, whose connection is the warmest.
   Loop* Borrow() {
     std::lock_guard<std::mutex> lock(mutex);
-    if (idle.empty()) return new Loop(&shared, false);
+    if (idle.empty()) {
+      all.push_back(new Loop(&shared, false));
+      return all.back();
+    }
     Loop* loop = idle.back();
     idle.pop_back();
     return loop;
@@ -739,5 +756,11 @@ void Drop(Call* call) {
 }
 
 void Cancel(const std::shared_ptr<Call>& call) { call->loop->Put(call, true); }
+
+void CancelAll() {
+  Loops& mine = Loops::Mine();
+  std::lock_guard<std::mutex> lock(mine.mutex);
+  for (Loop* loop : mine.all) loop->GiveUpAll();
+}
 
 }  // namespace remote_ops

@@ -158,6 +158,9 @@ void Drop(Call* call);
 // Gives a call up that was begun: it ends as cancelled, unless it has ended already.
 void Cancel(const std::shared_ptr<Call>& call);
 
+// Gives up all calls of this process.
+void CancelAll();
+
 }  // namespace remote_ops
 
 #endif  // REMOTE_OPS_HTTP_H_

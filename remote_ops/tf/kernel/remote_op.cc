@@ -582,3 +582,6 @@ REGISTER_KERNEL_BUILDER(Name("RemoteOpsInferOrdered").Device(tf::DEVICE_CPU), In
 
 }  // namespace
 }  // namespace remote_ops
+
+// For who loads the library: ends all calls of this process, as on Ctrl-C.
+extern "C" void remote_ops_cancel_all() { remote_ops::CancelAll(); }
