@@ -20,8 +20,9 @@ from remote_ops.errors import SignatureError, SpecError
 from remote_ops.signature import DTYPES, Signature, TensorSpec, did_you_mean
 from remote_ops.tf.client import Client
 from remote_ops.tf.rawop import has_kernel, load_ops, unless_failed, vjp_parts
+from remote_ops.url import TLS
 
-__all__ = ["CallSite", "Status", "call", "dtype_of", "shape_of"]
+__all__ = ["CallSite", "Status", "call", "dtype_of", "handle_of", "shape_of"]
 
 Tensor = Any  # tf.Tensor: tensorflow has no types that mypy reads
 
@@ -54,6 +55,28 @@ def shape_of(spec: TensorSpec) -> tf.TensorShape:
     return tf.TensorShape(None if spec.shape is None else [None if size == -1 else size for size in spec.shape])
 
 
+def handle_of(client: Client, *, pure: bool) -> Tensor:
+    """What stands for a client in a graph, a new one for each call site."""
+    tls = client.tls or TLS()
+    return load_ops().remote_ops_client(
+        urls=list(client.urls),
+        endpoint=client.endpoint or "",
+        header_names=[name for name, _ in client.headers],
+        header_values=[value for _, value in client.headers],
+        ca=tls.ca or "",
+        cert=tls.cert or "",
+        key=tls.key or "",
+        key_password=tls.password or "",
+        verify=tls.verify,
+        attempts=client.retry.attempts,
+        retry_base_s=client.retry.base_s,
+        retry_max_s=client.retry.max_s,
+        connect_timeout_s=client.connect_timeout_s or 0.0,
+        attempt_timeout_s=client.attempt_timeout_s or 0.0,
+        kind=tf.variant if pure else tf.resource,
+    )
+
+
 def call(
     client: Client,
     inputs: Sequence[Tensor],
@@ -75,7 +98,7 @@ def call(
         pure: False has TensorFlow run it even where nobody uses its outputs.
         timeout_s: seconds that it may take in all, retries included; a number, or a scalar tensor.
         on_error: `status` has the outputs filled and the code set where it fails, instead of an error.
-        handle: what `client.handle` gave, to be used again.
+        handle: what `handle_of` gave, to be used again.
         differentiable: the inputs that an eager tape is to ask gradients for.
 
     Raises:
@@ -93,7 +116,7 @@ def call(
     ops = load_ops()
     infer = ops.remote_ops_infer if pure else ops.remote_ops_infer_ordered
     outputs, code, message = infer(
-        client=client.handle(pure=pure) if handle is None else handle,
+        client=handle_of(client, pure=pure) if handle is None else handle,
         timeout_s=timeout_s,
         inputs=inputs,
         output_types=output_types,
@@ -196,7 +219,7 @@ class CallSite:
     @functools.cached_property
     def _eager_handle(self) -> Tensor:
         """Eager calls run one after the other, so all share a handle; it lives as long as this call site."""
-        return self.client.handle(pure=self.pure)
+        return handle_of(self.client, pure=self.pure)
 
     def _tensor(self, spec: TensorSpec, dtype: tf.DType | None, value: Any) -> Tensor:
         if dtype is None:
@@ -247,7 +270,7 @@ class CallSite:
         if not wanted:
             return found
         # Made outside of what is conditional: the call is then no stateful part of it, and others need not wait.
-        handle = self.client.handle(pure=self.pure) if has_kernel() else None
+        handle = handle_of(self.client, pure=self.pure) if has_kernel() else None
 
         def ask() -> list[Tensor]:
             gradients, _, _ = call(

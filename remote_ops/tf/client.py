@@ -1,6 +1,6 @@
-"""Who is called, and how: what a graph holds of an endpoint, and what its server says of the model.
+"""Who is called, and how: what a graph or a layer holds of an endpoint, and what its server says of the model.
 
-It calls nobody but for metadata; `callsite` makes the ops.
+It calls nobody but for metadata, and knows no framework; `callsite` makes the ops.
 
 State: the last signatures, for half a minute each, in `_SIGNATURES`, which has its own lock.
 """
@@ -16,19 +16,15 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import tensorflow as tf
-
 from remote_ops.client import Endpoint
 from remote_ops.deadline import Deadline
 from remote_ops.errors import RemoteOpsError, SpecError
 from remote_ops.policy import Retry
 from remote_ops.signature import Signature
-from remote_ops.tf.rawop import load_ops
 from remote_ops.url import TLS, Url
 
-__all__ = ["Client", "Kept"]
+__all__ = ["Client", "Kept", "check_length"]
 
-Tensor = Any  # tf.Tensor: tensorflow has no types that mypy reads
 _Value = TypeVar("_Value")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _VARIABLE = re.compile(r"\$\{[A-Za-z_][A-Za-z0-9_]*\}")
@@ -81,19 +77,20 @@ _SIGNATURES: Kept[Signature] = Kept(256, age_s=30.0)
 
 @dataclass(frozen=True)
 class Client:
-    """Who is called, and how: what a graph holds of an endpoint.
+    """Who is called, and how: what a graph or a layer holds of an endpoint.
 
     Args:
         urls: of the replicas; none if `endpoint` is given.
         headers: names and values; a value names environment variables as `${NAME}`, which are read at each call.
         tls: whom https trusts, and who we are.
-        timeout_s: seconds that asking for metadata may take in all, retries included.
+        timeout_s: seconds that asking for metadata may take in all, retries included; a layer's calls too.
         connect_timeout_s, attempt_timeout_s: seconds that connecting and one sending may take; None for no own limit.
         retry: how often a call that failed for a passing reason is sent again.
         endpoint: an environment variable that holds the URLs, separated by spaces; it is read at each call.
+        ipv6: whether an address may be an IPv6 one: it may not for the ops of TensorFlow.
 
     Raises:
-        SpecError: an argument is wrong, or a header has a literal value, which everybody could read in the graph.
+        SpecError: an argument is wrong, or a header has a literal value, which everybody could read in what is saved.
     """
 
     urls: tuple[str, ...] = ()
@@ -104,6 +101,7 @@ class Client:
     attempt_timeout_s: float | None = None
     retry: Retry = Retry()  # noqa: RUF009 (immutable)
     endpoint: str | None = None
+    ipv6: bool = False
 
     def __post_init__(self) -> None:
         self._check_place()
@@ -122,7 +120,17 @@ class Client:
             raise SpecError(f"expected a URL, or endpoint='NAME' of a variable that holds it: got {got}", path="uri")
         if self.endpoint is not None and not (isinstance(self.endpoint, str) and _NAME.fullmatch(self.endpoint)):
             raise SpecError(f"expected the name of an environment variable, got {self.endpoint!r}", path="endpoint")
-        _check_urls(self.urls)
+        self._check_urls(self.urls)
+
+    def _check_urls(self, urls: Sequence[str]) -> None:
+        for url in urls:
+            parsed = Url.parse(url)
+            if ":" in parsed.host and not self.ipv6:
+                raise SpecError(
+                    "the ops use TensorFlow's own libcurl, which has no IPv6: expected the name of a host or an IPv4 "
+                    f"address, got '{parsed.text}'",
+                    path="uri",
+                )
 
     def _check_as_endpoint(self) -> None:
         """What an `Endpoint` refuses, an op refuses; making one touches no network."""
@@ -133,18 +141,18 @@ class Client:
         for name, value in self.headers:
             if not isinstance(value, str) or not _VARIABLE.search(value):
                 raise SpecError(
-                    f"header '{name}' has a literal value, which everybody could read in the graph: write it as "
+                    f"header '{name}' has a literal value, which everybody could read in a saved model: write it as "
                     "'${NAME}', to be read from the environment at each call",
                     path="headers",
                 )
         if self.tls is not None and self.tls.password and not _VARIABLE.search(self.tls.password):
-            raise SpecError("the password of a key would stand in the graph: write it as '${NAME}'", path="tls")
+            raise SpecError("the password of a key would stand in a saved model: write it as '${NAME}'", path="tls")
 
     @classmethod
     def of(
         cls, uri: str | Sequence[str] | None, headers: Mapping[str, str] | None, retry: Retry, **options: Any
     ) -> Client:
-        """A client from what `remote_op` takes."""
+        """A client from what `remote_op` and `RemoteLayer` take."""
         urls = () if uri is None else tuple(uri) if isinstance(uri, list | tuple) else (uri,)
         if headers is not None and not isinstance(headers, Mapping):
             raise SpecError(f"expected a dict of names and values, got a {type(headers).__name__}", path="headers")
@@ -163,19 +171,19 @@ class Client:
         if not urls:
             raise SpecError(
                 f"the environment variable {self.endpoint}, which is to hold the URL of the model, is not set: set it, "
-                "or give names and dtypes, so that it is needed only when the op runs",
+                "or give names and dtypes, so that it is needed only when the model is called",
                 path="endpoint",
             )
         try:
-            _check_urls(urls)
+            self._check_urls(urls)
         except SpecError as error:
             raise SpecError(f"the environment variable {self.endpoint} holds {error}") from None
         return urls
 
     @property
     def text(self) -> str:
-        """The first address, without its query, for messages."""
-        return Url.parse(self.places[0]).text
+        """What messages call it: the first address, without its query, or the variable that holds it."""
+        return Url.parse(self.urls[0]).text if self.endpoint is None else f"${self.endpoint}"
 
     @property
     def signature(self) -> Signature:
@@ -188,7 +196,7 @@ class Client:
         if found is not None:
             return found
         try:
-            return _SIGNATURES.put(key, self._ask())
+            return _SIGNATURES.put(key, self.ask())
         except RemoteOpsError as error:
             known = _SIGNATURES.get(key, stale=True)
             if known is None or not error.retryable:
@@ -203,30 +211,18 @@ class Client:
     def _key(self) -> Hashable:
         return self.places, self.headers, self.tls
 
-    def _ask(self) -> Signature:
-        with Endpoint(list(self.places), self.timeout_s, dict(self.headers), self.tls, self.retry) as endpoint:
+    def ask(self) -> Signature:
+        """What the model takes and gives, asked of the server now.
+
+        Raises:
+            RemoteOpsError: it cannot be had.
+        """
+        with self.as_endpoint() as endpoint:
             return endpoint.signature
 
-    def handle(self, *, pure: bool) -> Tensor:
-        """What stands for it in a graph, a new one for each call site."""
-        tls = self.tls or TLS()
-        return load_ops().remote_ops_client(
-            urls=list(self.urls),
-            endpoint=self.endpoint or "",
-            header_names=[name for name, _ in self.headers],
-            header_values=[value for _, value in self.headers],
-            ca=tls.ca or "",
-            cert=tls.cert or "",
-            key=tls.key or "",
-            key_password=tls.password or "",
-            verify=tls.verify,
-            attempts=self.retry.attempts,
-            retry_base_s=self.retry.base_s,
-            retry_max_s=self.retry.max_s,
-            connect_timeout_s=self.connect_timeout_s or 0.0,
-            attempt_timeout_s=self.attempt_timeout_s or 0.0,
-            kind=tf.variant if pure else tf.resource,
-        )
+    def as_endpoint(self) -> Endpoint:
+        """An endpoint at the URLs as they are now; the network is not touched."""
+        return Endpoint(list(self.places), self.timeout_s, dict(self.headers), self.tls, self.retry)
 
 
 def check_length(name: str, length: float | None) -> None:
@@ -236,14 +232,3 @@ def check_length(name: str, length: float | None) -> None:
     Deadline.after(length)
     if not length > 0:
         raise SpecError(f"expected a number of seconds above 0, got {length!r}", path=name)
-
-
-def _check_urls(urls: Sequence[str]) -> None:
-    for url in urls:
-        parsed = Url.parse(url)
-        if ":" in parsed.host:
-            raise SpecError(
-                "the ops use TensorFlow's own libcurl, which has no IPv6: expected the name of a host or an IPv4 "
-                f"address, got '{parsed.text}'",
-                path="uri",
-            )
