@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import os
 import pickle
@@ -31,7 +30,6 @@ if keras.backend.backend() != "tensorflow":
 
 from remote_ops.tf.layer import RemoteLayer  # noqa: E402
 from remote_ops.tf.library import op_library  # noqa: E402
-from remote_ops.tf.ops import remote_op_multi  # noqa: E402
 
 # Keras' own, with the numpy of today.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -39,9 +37,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 X = np.arange(12, dtype=np.float32).reshape(3, 4) / 7
 NOBODY = "http://127.0.0.1:1/m"
 DECLARED: dict[str, Any] = {"inputs": "x: float32 [-1, 4]", "outputs": "y: float32 [-1, 4]"}
-knows_endpoint = pytest.mark.skipif(
-    "endpoint" not in inspect.signature(remote_op_multi).parameters, reason="remote_op_multi takes no endpoint="
-)
 
 
 def partial() -> FunctionServable:
@@ -157,13 +152,17 @@ def test_what_does_not_fit_is_refused_before_anything_is_sent() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({}, "expected a URL, or the name of an environment variable"),
-        ({"uri": NOBODY, "endpoint": "URL"}, "expected a URL, or the name of an environment variable"),
+        ({}, "expected a URL, or endpoint='NAME' of a variable that holds it: got neither"),
+        ({"uri": []}, "expected a URL, .* got neither"),
+        ({"uri": NOBODY, "endpoint": "URL"}, "expected a URL, .* got both"),
         ({"endpoint": "http://a/m"}, "expected the name of an environment variable, got 'http://a/m'"),
         ({"uri": "gopher://a"}, "expected http://"),
+        ({"uri": "http://[::1]:9000/m"}, r"no IPv6: .*got 'http://\[::1\]:9000/m'"),
         ({"uri": NOBODY, "headers": {"Authorization": "Bearer secret"}}, "'Authorization' has a literal value"),
+        ({"uri": NOBODY, "headers": "Authorization"}, "expected a dict of names and values, got a str"),
         ({"uri": "https://a", "tls": TLS(password="secret")}, "password of a key would stand in a saved model"),
         ({"uri": NOBODY, "timeout_s": -1}, "a timeout is a number of seconds"),
+        ({"uri": NOBODY, "timeout_s": 0}, "expected a number of seconds above 0, got 0"),
         ({"uri": NOBODY, "inputs": "x float32"}, "expected a spec such as"),
         ({"uri": NOBODY, "outputs": []}, "expected all outputs of the model"),
         ({"uri": NOBODY, "inputs": [3]}, "expected a TensorSpec or text"),
@@ -230,6 +229,30 @@ def test_an_input_that_is_not_differentiable_has_no_gradient(served: Callable[[s
         assert db is None
 
 
+def test_a_layer_that_knows_its_signature_is_traced_and_exported_with_the_server_down(tmp_path: Path) -> None:
+    with server_ref.running({"partial": partial()}) as url:
+        built = RemoteLayer(url)
+        built.build()
+        config = built.get_config()
+    layer = RemoteLayer.from_config(config)
+    inputs = {"x": keras.Input((4,), name="x"), "w": keras.Input((4,), name="w")}
+    model = keras.Model(inputs, layer(inputs)["y"])
+    rows = tf.TensorSpec((None, 4))
+    traced = tf.function(lambda x, w: layer([x, w])).get_concrete_function(rows, rows)
+    model.export(tmp_path / "saved", verbose=False)
+    serve = tf.saved_model.load(tmp_path / "saved").serve
+    a, b = tf.constant(X), tf.constant(X + 1)
+    with server_ref.running({"partial": partial()}, url.removeprefix("http://").rstrip("/")):
+        for ask in (traced, lambda x, w: layer([x, w]), lambda x, w: serve({"x": x, "w": w})):
+            with tf.GradientTape() as tape:
+                tape.watch([a, b])
+                y = ask(a, b)
+            da, db = tape.gradient(y, [a, b])
+            np.testing.assert_allclose(y, X * (X + 1), rtol=1e-6)
+            np.testing.assert_allclose(da, X + 1)
+            assert db is None
+
+
 # --------------------------------------------------------------------------- saving
 
 
@@ -249,13 +272,13 @@ def test_a_config_makes_an_equal_layer_with_the_server_down() -> None:
     again = RemoteLayer.from_config(json.loads(json.dumps(config)))
     assert again.get_config() == config
     assert (again.name, again.pure, again.signature) == ("ranker", False, layer.signature)
-    assert again._peer == layer._peer
+    assert again._client == layer._client
     assert again._bytes == b"\xff\0"
     restored = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(layer))
     assert restored.get_config() == config
     assert RemoteLayer.from_config(RemoteLayer(NOBODY).get_config()).get_config()["inputs"] is None
     with pytest.raises(SpecError, match="a timeout is a number of seconds") as caught:
-        RemoteLayer.from_config({**config, "uri": f"{NOBODY}?key=hidden", "timeout_s": -1})
+        RemoteLayer.from_config({**config, "uri": "https://b/m?key=hidden", "timeout_s": -1})
     assert "hidden" not in str(caught.value)
 
 
@@ -360,11 +383,10 @@ def test_a_model_that_names_its_endpoint_holds_no_url(
     assert served("mix") not in json.dumps(layer.get_config()) + repr(layer)
     monkeypatch.delenv("REMOTE_OPS_TEST_URL")
     assert RemoteLayer.from_config(layer.get_config()).signature == layer.signature
-    with pytest.raises(SpecError, match="REMOTE_OPS_TEST_URL, which is not set"):
+    with pytest.raises(SpecError, match=r"environment variable REMOTE_OPS_TEST_URL, .* is not set: set it"):
         _ = RemoteLayer(endpoint="REMOTE_OPS_TEST_URL").signature
 
 
-@knows_endpoint
 def test_an_endpoint_is_read_from_the_environment_when_it_is_called(
     served: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -377,6 +399,15 @@ def test_an_endpoint_is_read_from_the_environment_when_it_is_called(
     np.testing.assert_allclose(loaded.layers[1](X), np.sin(X) @ MATRIX, rtol=1e-6)
 
 
+def test_an_endpoint_may_hold_the_urls_of_several_replicas(
+    served: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REMOTE_OPS_TEST_URL", f" {NOBODY}  {served('mix')} ")
+    layer = RemoteLayer(endpoint="REMOTE_OPS_TEST_URL", retry=Retry(attempts=2, base_s=0.001))
+    for _ in range(2):
+        np.testing.assert_allclose(layer(X), np.sin(X) @ MATRIX, rtol=1e-6)
+
+
 # --------------------------------------------------------------------------- other backends
 
 TORCH = """
@@ -387,6 +418,7 @@ from remote_ops import SignatureError
 from remote_ops.tf import RemoteLayer
 assert keras.backend.backend() == "torch"
 x = np.load(sys.argv[1])
+RemoteLayer("http://[::1]:9000/m")
 layer = RemoteLayer(endpoint="REMOTE_OPS_TEST_URL", headers={"Authorization": "Bearer ${REMOTE_OPS_TEST_TOKEN}"})
 model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, name="first"), layer])
 assert model.output_shape == (None, 4) and layer.count_params() == 0 and [*layer.parameters()] == layer.weights == []
@@ -429,7 +461,7 @@ def test_on_keras_torch_backend_it_works_without_tensorflow(served: Callable[[st
     np.save(tmp_path / "x.npy", X)
     np.save(tmp_path / "matrix.npy", MATRIX)
     paths = [str(tmp_path / name) for name in ("x.npy", "matrix.npy", "m.keras", "out.npz")]
-    variables = {"REMOTE_OPS_TEST_URL": served("mix"), "REMOTE_OPS_TEST_TOKEN": "s3cret"}
+    variables = {"REMOTE_OPS_TEST_URL": f"{served('mix')} {served('mix')}", "REMOTE_OPS_TEST_TOKEN": "s3cret"}
     done = run(TORCH, *paths, KERAS_BACKEND="torch", **variables)
     assert done.returncode == 0, done.stderr[-2000:]
     got = np.load(tmp_path / "out.npz")

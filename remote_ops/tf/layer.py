@@ -1,11 +1,11 @@
 """`RemoteLayer`: a model that lives elsewhere as a layer of a Keras model, on Keras' TensorFlow or PyTorch backend.
 
-It says what goes in and out, and what a saved model keeps; the call itself is left to `ops`, or on PyTorch to
-`RemoteModule`.
-Importing it imports keras, and so the backend that keras is set to, and no other.
+It says what goes in and out, and what a saved model keeps; who is called is left to `client`, the call itself to
+`callsite`, or on PyTorch to `RemoteModule`. Importing it imports keras, and so the backend that keras is set to, and no
+other.
 
-Constant: the address, the options. Changing: the signature, learned once; on PyTorch a module for each URL. Both are
-set by operations that are atomic in CPython.
+Constant: the client, the options. Changing: the signature, learned once, and then the call made of it; on PyTorch a
+module for each URL. All are set by operations that are atomic in CPython.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
-import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -25,17 +23,16 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("remote_ops.tf.RemoteLayer needs keras: pip install 'keras>=3'") from error
 
-from remote_ops.client import Endpoint
 from remote_ops.errors import SignatureError, SpecError
 from remote_ops.policy import Retry
 from remote_ops.signature import Signature, TensorSpec, parse_spec
+from remote_ops.tf.client import Client
 from remote_ops.tf.unwrapped import unwrapped
-from remote_ops.url import TLS, Url
+from remote_ops.url import TLS
 
 __all__ = ["RemoteLayer"]
 
 Tensor = Any  # of whatever backend
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _BACKENDS = ("tensorflow", "torch")
 
 
@@ -49,8 +46,8 @@ class RemoteLayer(keras.layers.Layer):  # type: ignore[misc]
     Args:
         uri: `http://`, `https://` or `http+unix://%2Fpath.sock/model`; a list of them for replicas. A saved model
             holds it in full.
-        endpoint: instead of `uri`, the name of an environment variable that holds it, read where the model runs. A
-            saved model then holds the name only.
+        endpoint: instead of `uri`, the name of an environment variable that holds it, several URLs separated by
+            spaces, read where the model runs. A saved model then holds the name only.
         input_names: the order in which a list of inputs comes; the model's own unless said.
         output_names: the outputs to give, in order; all of them unless said.
         inputs, outputs: all that the model takes and gives, in its order, each a `TensorSpec` or text such as
@@ -99,14 +96,15 @@ class RemoteLayer(keras.layers.Layer):  # type: ignore[misc]
         super().__init__(name=name, dtype=dtype, autocast=False, **kwargs)
         self.supports_jit = False
         self.pure = pure
-        self._peer = _Peer(_urls(uri), endpoint, timeout_s, tuple((headers or {}).items()), tls, retry)
+        on_torch = keras.backend.backend() == "torch"
+        self._client = Client.of(uri, headers, retry, endpoint=endpoint, tls=tls, timeout_s=timeout_s, ipv6=on_torch)
         self._bytes = _bytes(config)
         self._face = _Face(
             _specs(inputs, "inputs"), _specs(outputs, "outputs"),
-            _names(input_names, "input_names"), _names(output_names, "output_names"), self._peer.at,
+            _names(input_names, "input_names"), _names(output_names, "output_names"), self._client.text,
         )  # fmt: skip
-        make = _torch_call if keras.backend.backend() == "torch" else _tensorflow_call
-        self._call_model = make(self._peer, self._bytes, pure)
+        self._make_call = _torch_call if on_torch else _tensorflow_call
+        self._call_model: _Call | None = None
 
     @property
     def signature(self) -> Signature:
@@ -134,7 +132,9 @@ class RemoteLayer(keras.layers.Layer):  # type: ignore[misc]
             face = self._known()
             values, as_dict = face.named(inputs)
             fitted = {spec.name: _fitted(spec, values[spec.name], face.at) for spec in face.taken}
-            return face.shown(self._call_model(face, fitted), as_dict)
+            if self._call_model is None:
+                self._call_model = self._make_call(self._client, face, self._bytes, self.pure)
+            return face.shown(self._call_model(fitted), as_dict)
 
     def compute_output_spec(self, inputs: Any) -> Any:
         """What `call` gives for symbolic inputs: shape and dtype of each output, from the signature."""
@@ -155,11 +155,11 @@ class RemoteLayer(keras.layers.Layer):  # type: ignore[misc]
         face = self._face
         return {
             **super().get_config(),
-            **self._peer.described(),
+            **_described_client(self._client),
             "input_names": None if face.input_names is None else list(face.input_names),
             "output_names": None if face.output_names is None else list(face.output_names),
-            "inputs": _described(face.inputs),
-            "outputs": _described(face.outputs),
+            "inputs": _described_specs(face.inputs),
+            "outputs": _described_specs(face.outputs),
             "config": {"base64": base64.b64encode(self._bytes).decode()} if self._bytes else "",
             "pure": self.pure,
         }
@@ -180,81 +180,12 @@ class RemoteLayer(keras.layers.Layer):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         known = "" if self._face.signature is None else f", {self._face.signature}"
-        return f"<RemoteLayer name={self.name}, {self._peer.at}{known}>"
+        return f"<RemoteLayer name={self.name}, {self._client.text}{known}>"
 
     def _known(self) -> _Face:
         if self._face.signature is None:
-            self._face = self._face.learned(self._peer.signature())
+            self._face = self._face.learned(self._client.ask())
         return self._face
-
-
-# --------------------------------------------------------------------------- who is called
-
-
-@dataclasses.dataclass(frozen=True)
-class _Peer:
-    """Who is called, and how: what is saved of an endpoint."""
-
-    urls: tuple[str, ...] | None
-    variable: str | None
-    timeout_s: float
-    headers: tuple[tuple[str, str], ...]
-    tls: TLS | None
-    retry: Retry
-
-    def __post_init__(self) -> None:
-        if (self.urls is None) == (self.variable is None):
-            raise SpecError(
-                "expected a URL, or the name of an environment variable that holds one", path="uri, endpoint"
-            )
-        if self.variable is not None and not _VARIABLE.fullmatch(f"${{{self.variable}}}"):
-            raise SpecError(f"expected the name of an environment variable, got {self.variable!r}", path="endpoint")
-        for name, value in self.headers:
-            if not isinstance(value, str) or not _VARIABLE.search(value):
-                raise SpecError(
-                    f"header '{name}' has a literal value, which everybody could read in a saved model: write it as "
-                    "'${NAME}', to be read from the environment at each call",
-                    path="headers",
-                )
-        if self.tls is not None and self.tls.password and not _VARIABLE.search(self.tls.password):
-            raise SpecError("the password of a key would stand in a saved model: write it as '${NAME}'", path="tls")
-        Endpoint(list(self.urls or ["https://host"]), self.timeout_s, dict(self.headers), self.tls, self.retry)
-
-    @property
-    def at(self) -> str:
-        """What messages call it."""
-        return f"${self.variable}" if self.urls is None else Url.parse(self.urls[0]).text
-
-    def addresses(self) -> tuple[str, ...]:
-        """Its URLs; from the environment, as it is now, if that has them."""
-        if self.urls is not None:
-            return self.urls
-        found = os.environ.get(self.variable or "")
-        if not found:
-            raise SpecError(
-                f"the URL is in the environment variable {self.variable}, which is not set", path="endpoint"
-            )
-        return (found,)
-
-    def options(self) -> dict[str, Any]:
-        """What `Endpoint` and `remote_op` take besides the URLs."""
-        return {"timeout_s": self.timeout_s, "headers": dict(self.headers), "tls": self.tls, "retry": self.retry}
-
-    def signature(self) -> Signature:
-        """What the model takes and gives, asked of the server."""
-        with Endpoint(list(self.addresses()), **self.options()) as endpoint:
-            return endpoint.signature
-
-    def described(self) -> dict[str, Any]:
-        """Its part of the layer's config."""
-        return {
-            "uri": None if self.urls is None else self.urls[0] if len(self.urls) == 1 else list(self.urls),
-            "endpoint": self.variable,
-            "timeout_s": self.timeout_s,
-            "headers": dict(self.headers) or None,
-            "tls": self.tls and dataclasses.asdict(self.tls),
-            "retry": dataclasses.asdict(self.retry),
-        }
 
 
 # --------------------------------------------------------------------------- what goes in and out
@@ -367,55 +298,45 @@ def _symbolic(spec: TensorSpec) -> Any:
 
 # --------------------------------------------------------------------------- calls
 
-_Call: TypeAlias = "Callable[[_Face, dict[str, Tensor]], Sequence[Tensor]]"
+_Call: TypeAlias = "Callable[[dict[str, Tensor]], Sequence[Tensor]]"
 
 
-def _tensorflow_call(peer: _Peer, config: bytes, pure: bool) -> _Call:
-    """Calls by `remote_op_multi`."""
-    from remote_ops.tf.ops import dtype_of, remote_op_multi, shape_of
+def _tensorflow_call(client: Client, face: _Face, config: bytes, pure: bool) -> _Call:
+    """Calls by one call site, whose specs are the layer's own: the server is not asked for them."""
+    import tensorflow as tf
 
-    options: dict[str, Any] = {} if peer.variable is None else {"endpoint": peer.variable}
-    options |= peer.options()
-    urls: Any = None if peer.urls is None else list(peer.urls)
+    from remote_ops.tf.callsite import CallSite
 
-    def call(face: _Face, values: dict[str, Tensor]) -> Sequence[Tensor]:
-        # With everything said, the op takes every float for differentiable; where that is not so, it asks the server.
-        mixed = len({spec.differentiable for spec in face.taken if spec.is_float}) == 2
-        return remote_op_multi(
-            urls, list(values.values()), list(values), [spec.name for spec in face.given],
-            None if mixed else [dtype_of(spec) for spec in face.given],
-            [shape_of(spec) for spec in face.given], config, pure=pure, **options,
-        )  # fmt: skip
+    site = CallSite.between(client, face.taken, face.given, config=config, pure=pure, on_error="raise")
 
-    return call
+    def call(values: dict[str, Tensor]) -> Sequence[Tensor]:
+        outputs, _ = site(list(values.values()), client.timeout_s)
+        return outputs
+
+    called: _Call = tf.autograph.experimental.do_not_convert(call)
+    return called
 
 
-def _torch_call(peer: _Peer, config: bytes, pure: bool) -> _Call:
+def _torch_call(client: Client, face: _Face, config: bytes, pure: bool) -> _Call:
     """Calls by a `RemoteModule` for each URL, out of keras' sight: it would take one for a layer with state."""
     from remote_ops.torch import RemoteModule
 
+    names = [spec.name for spec in face.given]
     modules: dict[tuple[str, ...], Any] = {}
 
-    def call(face: _Face, values: dict[str, Tensor]) -> Sequence[Tensor]:
-        urls = peer.addresses()
+    def call(values: dict[str, Tensor]) -> Sequence[Tensor]:
+        urls = client.places
         module = modules.get(urls)
         if module is None:
-            names = [spec.name for spec in face.given]
-            made = RemoteModule(list(urls), outputs=names, config=config, pure=pure, **peer.options())
+            made = RemoteModule(client.as_endpoint(), outputs=names, config=config, pure=pure)
             module = modules.setdefault(urls, made)
         results = module(values)
-        return [results[spec.name] for spec in face.given]
+        return [results[name] for name in names]
 
     return call
 
 
 # --------------------------------------------------------------------------- arguments
-
-
-def _urls(uri: Any) -> tuple[str, ...] | None:
-    if isinstance(uri, list | tuple):
-        return tuple(uri)
-    return None if uri is None else (uri,)
 
 
 def _specs(given: Any, path: str) -> tuple[TensorSpec, ...] | None:
@@ -447,7 +368,19 @@ def _bytes(config: Any) -> bytes:
     return config.encode() if isinstance(config, str) else config
 
 
-def _described(specs: tuple[TensorSpec, ...] | None) -> list[dict[str, Any]] | None:
+def _described_client(client: Client) -> dict[str, Any]:
+    """What the layer's constructor takes to call alike."""
+    return {
+        "uri": client.urls[0] if len(client.urls) == 1 else list(client.urls) or None,
+        "endpoint": client.endpoint,
+        "timeout_s": client.timeout_s,
+        "headers": dict(client.headers) or None,
+        "tls": client.tls and dataclasses.asdict(client.tls),
+        "retry": dataclasses.asdict(client.retry),
+    }
+
+
+def _described_specs(specs: tuple[TensorSpec, ...] | None) -> list[dict[str, Any]] | None:
     if specs is None:
         return None
     return [
