@@ -486,7 +486,7 @@ def test_a_missing_keras_is_named() -> None:
 def test_importing_the_door_imports_neither_framework() -> None:
     code = (
         "import remote_ops.tf, sys; print([m for m in ('tensorflow', 'keras', 'torch') if m in sys.modules], "
-        "{*remote_ops.tf.__all__} <= {*dir(remote_ops.tf)}); remote_ops.tf.nothing"
+        "{*remote_ops.tf.__all__} <= {*dir(remote_ops.tf)}); remote_ops.tf.Status.code; remote_ops.tf.nothing"
     )
     done = run(code)
     assert done.stdout.split("\n")[0] == "[] True"

@@ -10,15 +10,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from remote_ops.tf.callsite import Status
     from remote_ops.tf.layer import RemoteLayer
     from remote_ops.tf.library import op_library
     from remote_ops.tf.model import TFModel
     from remote_ops.tf.ops import remote_op, remote_op_multi
 
-__all__ = ["RemoteLayer", "TFModel", "op_library", "remote_op", "remote_op_multi"]
+__all__ = ["RemoteLayer", "Status", "TFModel", "op_library", "remote_op", "remote_op_multi"]
 
 _HOMES = {
     "RemoteLayer": "layer",
+    "Status": "callsite",
     "TFModel": "model",
     "op_library": "library",
     "remote_op": "ops",
