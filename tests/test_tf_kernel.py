@@ -1297,3 +1297,10 @@ def test_a_compiler_that_is_missing_and_one_that_fails_are_two_clear_errors(
         [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert re.search(error, done.stderr), done.stderr[-2000:]
+
+
+def test_the_op_can_be_built_ahead_of_time() -> None:
+    command = [sys.executable, "-m", "remote_ops.tf.build"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == str(op_library())
