@@ -527,6 +527,25 @@ def test_every_fault_is_an_error_of_its_own_and_only_passing_ones_are_tried_agai
             assert len(seen) == calls
 
 
+@pytest.mark.parametrize("graph", [False, True])
+def test_what_a_peer_says_is_text_whatever_bytes_it_is(graph: bool) -> None:
+    broken = encode_error(3, "no #### here").replace(b"####", b"\xff\xc3\0\xc3")
+    moved = "302 Found", "Location: http://elsewhere/\udcff"
+    call: Any = tf.function(ask) if graph else ask
+    with peer(answering(broken, "400 Bad Request")) as server:
+        words = "no " + 4 * "\ufffd" + f" here - from {server.url}"
+        with pytest.raises(tf.errors.InvalidArgumentError, match=words):
+            call(server.url)
+        assert ask(server.url, on_error="status")[1].message.numpy().decode().startswith("no \ufffd")
+
+    def moving(conversation: Conversation) -> None:
+        conversation.read()
+        conversation.send(f"HTTP/1.1 {moved[0]}\r\n{moved[1]}\r\n\r\n".encode(errors="surrogateescape"))
+
+    with peer(moving) as server, pytest.raises(tf.errors.InternalError, match="it moved to 'http://elsewhere/\ufffd'"):
+        call(server.url)
+
+
 def test_an_output_of_another_shape_is_refused() -> None:
     with peer(answering(OK)) as server:
         with pytest.raises(

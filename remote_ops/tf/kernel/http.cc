@@ -120,6 +120,19 @@ std::string Words(std::string_view body) {
   return words;
 }
 
+// What Python takes for text, whatever bytes a peer put into a message: what is not UTF-8, or would end it, is replaced.
+std::string Readable(std::string_view text) {
+  std::string readable;
+  while (!text.empty()) {
+    size_t size = 1;
+    while (size < std::min<size_t>(4, text.size()) && !graphpipe::IsUtf8(text.substr(0, size))) ++size;
+    if (!graphpipe::IsUtf8(text.substr(0, size))) size = 0;
+    readable += size && text[0] ? text.substr(0, size) : "\xEF\xBF\xBD";
+    text.remove_prefix(std::max<size_t>(size, 1));
+  }
+  return readable;
+}
+
 std::string Said(const Call& call, long status, const std::string& type) {
   const std::string answered = call.url().text + " answered " + std::to_string(status);
   if (status >= 300 && status < 400) {
@@ -629,6 +642,7 @@ class Loop {
     call->over = true;
     call->failure = std::move(failure);
     if (call->failure.code != kOk && call->tried.size() > 1) call->failure.message += Tried(*call);
+    call->failure.message = Readable(call->failure.message);
     --load;
     call->done();
   }
