@@ -209,6 +209,16 @@ def test_complex_numbers_are_refused_by_name() -> None:
         ask("http://127.0.0.1:1/m", tf.complex(X, X))
 
 
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_client_is_one(count: int) -> None:
+    raw = rawop.load_ops()
+    for infer, kind in ((raw.remote_ops_infer, tf.variant), (raw.remote_ops_infer_ordered, tf.resource)):
+        clients = tf.stack([raw.remote_ops_client(urls=["http://127.0.0.1:1/m"], kind=kind)] * 2)[:count]
+        words = f"client: expected one, got {count}|Empty resource handle"
+        with pytest.raises(tf.errors.InvalidArgumentError, match=words):
+            infer(client=clients, timeout_s=1, inputs=[X], output_types=[tf.float32], output_shapes=[None])
+
+
 def test_a_misfit_is_refused_before_anything_is_sent(served: Callable[[str], str]) -> None:
     with pytest.raises(SignatureError, match=r"input 'x': expected float32 \[-1, 4\], got float64 \(3, 4\)"):
         remote_op(served("mix"), tf.constant(X, tf.float64))

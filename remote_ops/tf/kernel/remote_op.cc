@@ -326,6 +326,7 @@ class InferOp : public tf::AsyncOpKernel {
 
   absl::Status Prepare(tf::OpKernelContext* ctx, Job* job) {
     const tf::Tensor& given = ctx->input(0);
+    if (given.NumElements() != 1) return StatusOf(kInvalidArgument, "client: expected one, got " + std::to_string(given.NumElements()));
     if (given.dtype() == tf::DT_VARIANT) {
       const auto* value = given.scalar<tf::Variant>()().get<ClientValue>();
       if (value == nullptr) return StatusOf(kInvalidArgument, "client: expected what RemoteOpsClient gives");
