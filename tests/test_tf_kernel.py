@@ -219,6 +219,24 @@ def test_a_client_is_one(count: int) -> None:
             infer(client=clients, timeout_s=1, inputs=[X], output_types=[tf.float32], output_shapes=[None])
 
 
+OUT_OF_MEMORY = """
+import resource, tensorflow as tf
+from remote_ops.tf.ops import remote_op
+def call(x): return remote_op("http://127.0.0.1:1/m", x, "x", "y", tf.float32, on_error="status", timeout_s=1.0)[1]
+call(tf.constant(["x"]))
+strings = tf.fill([200], b"x" * (1 << 20))
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, ((pages << 12) + (150 << 20),) * 2)
+print(int(call(strings).code), call(strings).message.numpy().decode())
+"""
+
+
+@pytest.mark.slow
+def test_a_request_that_memory_does_not_hold_is_an_error() -> None:
+    done = python(OUT_OF_MEMORY)
+    assert done.stdout.strip() == "8 no memory for the request to http://127.0.0.1:1/m", done.stderr[-2000:]
+
+
 def test_a_misfit_is_refused_before_anything_is_sent(served: Callable[[str], str]) -> None:
     with pytest.raises(SignatureError, match=r"input 'x': expected float32 \[-1, 4\], got float64 \(3, 4\)"):
         remote_op(served("mix"), tf.constant(X, tf.float64))

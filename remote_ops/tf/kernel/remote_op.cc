@@ -17,6 +17,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <new>
 #include <string>
 #include <utility>
 #include <vector>
@@ -348,6 +349,8 @@ class InferOp : public tf::AsyncOpKernel {
       return StatusOf(kInvalidArgument, error.what());
     } catch (const std::length_error& error) {
       return StatusOf(kInvalidArgument, error.what());
+    } catch (const std::bad_alloc&) {
+      return StatusOf(kResourceExhausted, "no memory for the request to " + job->target->places.text());
     }
     return {};
   }
