@@ -1085,6 +1085,14 @@ def test_the_timeout_of_a_call_may_be_a_tensor() -> None:
             function(tf.constant(np.nan, tf.float64))
 
 
+@pytest.mark.parametrize("timeout_s", [0.0, -1e30, -np.inf])
+def test_a_call_without_time_is_not_sent(timeout_s: float) -> None:
+    with peer(answering(OK)) as server:
+        with pytest.raises(tf.errors.DeadlineExceededError, match="waiting to be sent"):
+            ask(server.url, timeout_s=tf.constant(timeout_s))
+        assert server.connections == 0
+
+
 def test_the_ambient_deadline_shortens_an_eager_call_and_its_metadata() -> None:
     with peer(silent) as server:
         with deadline(0.2), pytest.raises(tf.errors.DeadlineExceededError, match=r"in 0\.\d+ s"):

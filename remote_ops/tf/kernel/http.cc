@@ -24,7 +24,7 @@ constexpr size_t kLoops = 4;
 
 double Seconds(Clock::duration length) { return std::chrono::duration<double>(length).count(); }
 Clock::duration Length(double seconds) {
-  return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::min(seconds, kForeverS)));
+  return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::clamp(seconds, -kForeverS, kForeverS)));
 }
 long Milliseconds(double seconds) {
   return static_cast<long>(std::ceil(std::max(0.001, std::min(seconds, kForeverS / 1e3)) * 1e3));
