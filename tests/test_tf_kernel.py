@@ -728,6 +728,51 @@ def test_a_forked_process_makes_eager_calls_over_connections_of_its_own() -> Non
         assert 2 <= server.connections <= 9  # one of the parent, and some of the child
 
 
+AT_EXIT = """
+#include "http.h"
+#include <cstdio>
+#include <thread>
+std::string url;
+void Ask() {
+  static auto* ended = new std::atomic<int>(0);
+  const int before = *ended;
+  auto call = std::make_shared<remote_ops::Call>();
+  auto target = std::make_shared<remote_ops::Target>(std::vector<std::string>{url}, "");
+  call->target = target;
+  call->urls = target->places.Now();
+  call->done = [] { ++*ended; };
+  remote_ops::Begin(call.get(), false);
+  remote_ops::Start(call);
+  while (*ended == before) std::this_thread::yield();
+  std::printf("%d", call->failure.code);
+  std::fflush(stdout);
+}
+int main(int, char** argv) {
+  url = argv[1];
+  std::atexit(Ask);  // before the first call: it runs after what that call has destroyed at exit
+  Ask();
+}
+"""
+
+
+@pytest.mark.slow
+def test_a_call_may_begin_while_the_process_ends(tmp_path: Path) -> None:
+    kernel, lib = ROOT / "remote_ops" / "tf" / "kernel", tf.sysconfig.get_lib()
+    (tmp_path / "at_exit.cc").write_text(AT_EXIT)
+    command = [
+        *("g++", "-std=c++17", "-g", "-O1", "-fsanitize=address", f"-I{kernel}"),
+        *("-isystem", f"{tf.sysconfig.get_include()}/external/curl/include"),
+        *(tmp_path / "at_exit.cc", kernel / "http.cc", kernel / "url.cc"),
+        *(*tf.sysconfig.get_link_flags(), f"-Wl,-rpath,{lib}", "-o", tmp_path / "at_exit"),
+    ]
+    subprocess.run(command, check=True)
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    with peer(answering(OK)) as server:
+        run = [tmp_path / "at_exit", server.url]
+        done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "00", done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("pure", [True, False])
 def test_eager_calls_leave_nothing_behind(pure: bool) -> None:
     with peer(answering(OK)) as server:

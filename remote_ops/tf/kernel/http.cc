@@ -589,7 +589,7 @@ class Loop {
   }
 
   static void SetTls(CURL* easy, const Tls& tls) {
-    static const std::string trusted = TrustedFile();
+    static const std::string& trusted = *new std::string(TrustedFile());  // loops outlive what is destroyed at exit
     const std::string& ca = tls.ca.empty() ? trusted : tls.ca;
     if (!ca.empty()) curl_easy_setopt(easy, CURLOPT_CAINFO, ca.c_str());
     if (!tls.cert.empty()) curl_easy_setopt(easy, CURLOPT_SSLCERT, tls.cert.c_str());
