@@ -338,6 +338,29 @@ def test_forward_mode_is_a_named_error(served: Callable[[str], str]) -> None:
             remote_op(served("mix"), x)
 
 
+@pytest.mark.parametrize("options", [{}, {"pure": False}, {"on_error": "status"}], ids=str)
+def test_a_branch_has_the_gradient_of_its_call(served: Callable[[str], str], options: dict[str, Any]) -> None:
+    def call(x: Any, timeout_s: Any) -> Any:
+        got = remote_op(served("mix"), x, timeout_s=timeout_s, **options)
+        return got[0] if options.get("on_error") else got
+
+    def cond(x: Any, timeout_s: Any) -> Any:
+        return tf.cond(tf.reduce_sum(x) > 0, lambda: call(x, timeout_s), lambda: x)
+
+    def switch(x: Any, timeout_s: Any) -> Any:
+        return tf.switch_case(tf.constant(1), [lambda: x, lambda: call(x, timeout_s)])
+
+    def loop(x: Any, timeout_s: Any) -> Any:
+        return tf.while_loop(lambda i, _: i < 1, lambda i, y: (i + 1, y + call(x, timeout_s)), [0, tf.zeros_like(x)])[1]
+
+    x = tf.constant(X)
+    for function in map(tf.function, (cond, switch, loop)):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = function(x, tf.constant(10.0))
+        np.testing.assert_allclose(tape.gradient(y, x), np.ones_like(X) @ MATRIX.T * np.cos(X), rtol=1e-5)
+
+
 @pytest.mark.parametrize("pure", [True, False])
 @pytest.mark.parametrize("on_error", ["raise", "status"])
 def test_eight_gradients_of_one_function_are_under_way_at_once(pure: bool, on_error: str) -> None:
@@ -437,6 +460,19 @@ def test_a_saved_model_infers_and_differentiates_where_only_the_library_is_loade
 
 
 # --------------------------------------------------------------------------- how often, and at once
+
+
+def test_a_saved_model_that_was_loaded_is_saved_again(served: Callable[[str], str], tmp_path: Path) -> None:
+    @tf.function(input_signature=[tf.TensorSpec((None, 4)), tf.TensorSpec(())])
+    def call(x: Any, timeout_s: Any) -> Any:
+        return tf.cond(tf.size(x) > 0, lambda: remote_op(served("mix"), x, timeout_s=timeout_s), lambda: x)
+
+    model = tf.Module()
+    model.call = call
+    for n in range(3):
+        tf.saved_model.save(model, str(tmp_path / str(n)))
+        model = tf.saved_model.load(str(tmp_path / str(n)))
+    np.testing.assert_allclose(model.call(tf.constant(X), tf.constant(10.0)), np.sin(X) @ MATRIX, rtol=1e-5)
 
 
 def counting(seen: list[Message]) -> Script:

@@ -263,16 +263,20 @@ class CallSite:
         )  # fmt: skip
 
     def _in_graph(self, tensors: list[Tensor], timeout_s: Any) -> tuple[list[Tensor], Status]:
+        timeouts = [timeout_s] if tf.is_tensor(timeout_s) else []
+
         @tf.custom_gradient  # type: ignore[untyped-decorator]
-        def forward(*tensors: Tensor) -> Any:
-            outputs, code, message = self._call(list(tensors), timeout_s, None)
+        def forward(*own: Tensor) -> Any:
+            within_s, tensors = (own[0], own[1:]) if timeouts else (timeout_s, own)
+            outputs, code, message = self._call(list(tensors), within_s, None)
 
             def backward(*cotangents: Tensor) -> list[Tensor | None]:
-                return self._gradients(tensors, cotangents, code, timeout_s)
+                return [None] * len(timeouts) + self._gradients(tensors, cotangents, code, within_s)
 
             return [*outputs, code, message], backward
 
-        *outputs, code, message = forward(*tensors)
+        # As tensors of this very graph: of those that a branch takes from outside, TensorFlow loses the gradient.
+        *outputs, code, message = forward(*map(tf.identity, [*timeouts, *tensors]))
         return outputs, Status(code, message)
 
     def _gradients(
