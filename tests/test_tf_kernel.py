@@ -319,6 +319,22 @@ def test_a_model_without_gradients_says_so() -> None:
             tape.gradient(y, x)
 
 
+@pytest.mark.parametrize("pure", [True, False])
+def test_vectorized_maps_and_jacobians_go_through_a_function(served: Callable[[str], str], pure: bool) -> None:
+    @tf.function
+    def function(x: Any) -> Any:
+        return remote_op(served("mix"), x, pure=pure)
+
+    x = tf.constant(X)
+    mapped = tf.vectorized_map(lambda row: function(row[None])[0] + remote_op(served("mix"), x, pure=pure)[0], x)
+    np.testing.assert_allclose(mapped, np.sin(X) @ MATRIX + (np.sin(X) @ MATRIX)[0], rtol=1e-5)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = function(x)
+    jacobian = np.einsum("ij,jk->ikj", np.cos(X), MATRIX)
+    np.testing.assert_allclose(tape.batch_jacobian(y, x), jacobian, rtol=1e-5, atol=1e-6)
+
+
 def test_a_second_derivative_is_a_named_error(served: Callable[[str], str]) -> None:
     x = tf.constant(X)
     with tf.GradientTape() as outer:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.ops.parallel_for import pfor
 
 from remote_ops.errors import NotDifferentiable
 from remote_ops.tf.interrupt import arm
@@ -66,7 +67,16 @@ def _load() -> Any:
         ("RemoteOpsInferOrdered", ops.remote_ops_infer_ordered),
     ):
         tf.RegisterGradient(name)(functools.partial(_gradient, infer))
+    pfor.RegisterPFor("RemoteOpsClient")(_one_client)
     return ops
+
+
+def _one_client(pfor_input: Any) -> Any:
+    """One client for all rows of `tf.vectorized_map` and of a Jacobian; their calls TensorFlow makes in a loop."""
+    op = pfor_input.op
+    graph = tf.compat.v1.get_default_graph()
+    client = graph.create_op(op.type, [], [op.outputs[0].dtype], attrs=dict(op.node_def.attr))
+    return pfor.wrap(client.outputs[0], False)
 
 
 def vjp_parts(
