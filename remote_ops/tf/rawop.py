@@ -8,13 +8,13 @@ State: the loaded library, once, under `_LOCK`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.ops.parallel_for import pfor
 
 from remote_ops.errors import NotDifferentiable
 from remote_ops.tf.interrupt import arm
@@ -67,11 +67,14 @@ def _load() -> Any:
         ("RemoteOpsInferOrdered", ops.remote_ops_infer_ordered),
     ):
         tf.RegisterGradient(name)(functools.partial(_gradient, infer))
-    pfor.RegisterPFor("RemoteOpsClient")(_one_client)
+    with contextlib.suppress(ImportError, AttributeError):  # a private room of TensorFlow's, which it may move
+        from tensorflow.python.ops.parallel_for import pfor
+
+        pfor.RegisterPFor("RemoteOpsClient")(functools.partial(_one_client, pfor))
     return ops
 
 
-def _one_client(pfor_input: Any) -> Any:
+def _one_client(pfor: Any, pfor_input: Any) -> Any:
     """One client for all rows of `tf.vectorized_map` and of a Jacobian; their calls TensorFlow makes in a loop."""
     op = pfor_input.op
     graph = tf.compat.v1.get_default_graph()
