@@ -246,6 +246,10 @@ def test_a_misfit_is_refused_before_anything_is_sent(served: Callable[[str], str
         remote_op(served("mix"), X, output_name="z")
     with pytest.raises(SignatureError, match=r"missing 'n' \(int64 \[\]\), 'w'"):
         remote_op_multi(served("scaled"), [X[0]])
+    for value in (tf.ragged.constant([[1.0], [2.0, 3.0]]), tf.sparse.eye(2), object()):
+        for names in ([], ["x", "y", tf.float32]):
+            with pytest.raises(SignatureError, match="input 'x': expected"):
+                remote_op(served("mix"), value, *names)
 
 
 def test_a_name_that_is_nearly_right_is_suggested(served: Callable[[str], str]) -> None:

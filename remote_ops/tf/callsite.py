@@ -236,16 +236,15 @@ class CallSite:
         return handle_of(self.client, pure=self.pure)
 
     def _tensor(self, spec: TensorSpec, dtype: tf.DType | None, value: Any) -> Tensor:
-        if dtype is None:
-            return tf.convert_to_tensor(value)
         try:
-            tensor = tf.convert_to_tensor(value) if hasattr(value, "dtype") else tf.convert_to_tensor(value, dtype)
+            # A `dtype` of None leaves it to tensorflow, as for what has one of its own.
+            tensor = tf.convert_to_tensor(value, None if hasattr(value, "dtype") else dtype)
         except (TypeError, ValueError) as error:
             raise SignatureError(
                 f"input '{spec.name}': expected {spec}, got a {type(value).__name__} that is no such tensor ({error})",
                 name=spec.name, expected=str(spec), got=type(value).__name__, at=self.client.text,
             ) from error  # fmt: skip
-        if tensor.dtype != dtype or not _accepts(spec, tensor.shape):
+        if dtype is not None and (tensor.dtype != dtype or not _accepts(spec, tensor.shape)):
             got = f"{tensor.dtype.name} {tensor.shape}"
             raise SignatureError(
                 f"input '{spec.name}': expected {spec}, got {got}",
