@@ -481,6 +481,14 @@ def test_a_keras_model_is_taken_as_it_is_and_one_that_was_exported_too(tmp_path:
         assert model.signature.inputs[0].differentiable
 
 
+def test_the_variables_of_a_keras_model_live_as_long_as_what_serves_it() -> None:
+    model = TFModel(keras_model())
+    gc.collect()
+    x, seed = floats(2, 4), floats(2, 3)
+    found = model.infer({"pixels": x, "cotangent:probs": seed}, ["probs", "gradient:pixels"])
+    assert np.abs(found["gradient:pixels"]).max() > 0
+
+
 def test_a_keras_model_of_dicts_keeps_their_names() -> None:
     keras = pytest.importorskip("keras")
     inputs = {name: keras.Input((2,), name=name) for name in ("b", "a")}

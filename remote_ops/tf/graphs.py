@@ -34,7 +34,8 @@ class Opened:
     """A model as a function of its input tensors, in order, that gives its output tensors, in order.
 
     The aliases are further names of inputs and outputs; `graph` is the function's, `callees` the graphs of functions
-    that it calls, by name; `close` frees what the model holds outside of Python.
+    that it calls, by name; `held` must live as long as `function`, which refers to variables in it but weakly; `close`
+    frees what the model holds outside of Python.
     """
 
     function: Callable[..., Any]
@@ -48,6 +49,7 @@ class Opened:
     input_aliases: Mapping[str, str] = field(default_factory=dict)
     output_aliases: Mapping[str, str] = field(default_factory=dict)
     callees: Mapping[str, Any] = field(default_factory=dict)
+    held: Any = None
     close: Callable[[], None] = lambda: None
 
 

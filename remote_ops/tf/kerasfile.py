@@ -115,6 +115,7 @@ def open_keras(model: Any, name: str, place: str) -> Opened:
         graph_outputs=outputs,
         input_aliases={f"{name}:0": name for name in names},
         output_aliases={f"{name}:0": name for name in given},
+        held=model,
     )
 
 

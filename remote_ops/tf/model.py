@@ -75,7 +75,7 @@ class TFModel:
         with self._scope():
             opened = _open(model, signature, _names(inputs, "inputs"), _names(outputs, "outputs"))
         weakref.finalize(self, opened.close).atexit = False
-        self._function = opened.function
+        self._function, self._held = opened.function, opened.held
         self._place = opened.place
         found = reaches(opened.graph_inputs, opened.graph_outputs, opened.graph, opened.callees)
         self._reach = {spec.name: reach for spec, reach in zip(opened.outputs, found, strict=True)}
