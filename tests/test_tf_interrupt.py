@@ -21,6 +21,7 @@ from remote_ops.tf import remote_op
 import server_ref
 from remote_ops import FunctionServable, TensorSpec
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where a shell began this in the background
 over, expected = threading.Event(), sys.argv[1]
 
 def model(x):
