@@ -16,9 +16,11 @@ import ssl
 import struct
 import time
 from collections.abc import Sequence
+from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeAlias
 
 from remote_ops import http1
+from remote_ops.addresses import Address, awaited, look_up
 from remote_ops.buffers import BufferPool
 from remote_ops.deadline import Deadline
 from remote_ops.errors import ConnectError, ConnectionLost, DeadlineExceeded, FramingError
@@ -104,26 +106,32 @@ class BlockingConnection:
     def _connect(self, context: ssl.SSLContext | None, deadline: Deadline) -> socket.socket:
         since = time.monotonic()
         last: BaseException = OSError("no address")
-        for family, address in _addresses(self.url):
+        for family, place in _addresses(self.url, deadline, since):
             sock = socket.socket(family, socket.SOCK_STREAM)
             try:
                 sock.settimeout(seconds_left(deadline, CONNECTING, since))
-                sock.connect(address)
+                sock.connect(place)
                 if family != socket.AF_UNIX:
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                if context is not None:
-                    sock.settimeout(seconds_left(deadline, CONNECTING, since))
-                    sock = context.wrap_socket(sock, server_hostname=self.url.host)
                 sock.setblocking(context is None)
+                if context is not None:
+                    sock = context.wrap_socket(sock, server_hostname=self.url.host, do_handshake_on_connect=False)
+                    _shake_hands(sock, deadline, since)
                 for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
                     sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", 0, int(_PATIENCE_S * 1e6)))
                 return sock
+            except DeadlineExceeded:
+                sock.close()
+                raise
             except TimeoutError as error:
                 sock.close()
                 raise expired(CONNECTING, since) from error
             except OSError as error:
                 sock.close()
                 last = error
+            except BaseException:  # Ctrl-C
+                sock.close()
+                raise
         raise refused(self.url, last) from last
 
     def close(self) -> None:
@@ -286,14 +294,28 @@ def seconds_left(deadline: Deadline, phase: str, since: float) -> float | None:
     return None if math.isinf(left) else min(left, _LONGEST_WAIT_S)
 
 
-def _addresses(url: Url) -> list[tuple[int, Any]]:
-    if url.unix_path:
-        return [(socket.AF_UNIX, url.unix_path)]
+def _addresses(url: Url, deadline: Deadline, since: float) -> tuple[Address, ...]:
     try:
-        found = socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
+        return look_up(url).result(seconds_left(deadline, CONNECTING, since))
+    except FutureTimeout as error:
+        raise expired(CONNECTING, since) from error
     except (OSError, UnicodeError) as error:
         raise refused(url, error) from error
-    return [(family, address) for family, _, _, _, address in found]
+
+
+def _shake_hands(sock: ssl.SSLSocket, deadline: Deadline, since: float) -> None:
+    """The handshake, as a whole within the deadline: a socket's own timeout starts anew with each piece."""
+    poll = select.poll()
+    while True:
+        try:
+            return sock.do_handshake()
+        except ssl.SSLWantReadError:
+            poll.register(sock, select.POLLIN)
+        except ssl.SSLWantWriteError:
+            poll.register(sock, select.POLLOUT)
+        left_s = seconds_left(deadline, CONNECTING, since)
+        if not poll.poll(None if left_s is None else math.ceil(left_s * 1000)):
+            raise expired(CONNECTING, since)
 
 
 # --------------------------------------------------------------------------- asyncio
@@ -456,17 +478,25 @@ class AsyncConnection(asyncio.BufferedProtocol):
 
 async def open_on_loop(url: Url, context: ssl.SSLContext | None, pool: BufferPool) -> AsyncConnection:
     loop = asyncio.get_running_loop()
+    last: BaseException = OSError("no address")
     try:
         if url.unix_path:
             _, connection = await loop.create_unix_connection(lambda: AsyncConnection(url, pool), url.unix_path)
             return connection
-        host = url.host if context is not None else None
-        transport, connection = await loop.create_connection(
-            lambda: AsyncConnection(url, pool), url.host, url.port, ssl=context, server_hostname=host
-        )
-    except OSError as error:
+        addresses = await awaited(look_up(url))
+    except (OSError, UnicodeError) as error:
         raise refused(url, error) from error
-    sock = transport.get_extra_info("socket")
-    if sock is not None:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return connection
+    name = url.host if context is not None else None
+    for _, place in addresses:
+        try:
+            transport, connection = await loop.create_connection(
+                lambda: AsyncConnection(url, pool), place[0], place[1], ssl=context, server_hostname=name
+            )
+        except OSError as error:
+            last = error
+            continue
+        sock = transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
+    raise refused(url, last) from last

@@ -47,8 +47,8 @@ Buffer: TypeAlias = "bytes | bytearray | memoryview"
 class Call(NamedTuple):
     """One POST: where to, which headers beyond the usual, and the body as buffers to be sent in order.
 
-    A kept connection may turn out to be closed only once the request is on its way; then it is sent again on a new one,
-    unless it is to be sent `once`.
+    A kept connection may turn out to be closed only once the request is on its way; then it is sent once more on a new
+    one, unless it is to be sent `once`.
     """
 
     url: Url
@@ -125,47 +125,51 @@ class HttpTransport:
         """Send and receive on this thread."""
         url = call.url
         head = http1.request_head(url.prefix, call.headers, sum(map(len, call.body)))
+        renewed = False
         while True:
-            connection = self._reuse(url) or BlockingConnection(url, self._tls_context(url), deadline)
+            kept = None if renewed else self._reuse(url)
+            connection = kept or BlockingConnection(url, self._tls_context(url), deadline)
             try:
                 message = connection.exchange(head, call.body, deadline, self._buffers)
             except Stale:
                 connection.close()
                 if call.once:
                     raise lost(url, None, WAITING) from None
-                continue
+                renewed = True
             except BaseException as error:
                 connection.close()
                 raise self._named(error, url) from error.__cause__
-            if message.head.keep_alive and connection.whole:
-                self._keep(url, connection)
             else:
-                connection.close()
-            return Reply(message.head.status, message.head.headers, message.body)
+                if message.head.keep_alive and connection.whole:
+                    self._keep(url, connection)
+                else:
+                    connection.close()
+                return Reply(message.head.status, message.head.headers, message.body)
 
     async def aexchange(self, call: Call, deadline: Deadline) -> Reply:
         """Send and receive on the running loop; cancelling it closes the connection."""
         head = http1.request_head(call.url.prefix, call.headers, sum(map(len, call.body)))
+        renewed = False
         while True:
             since = time.monotonic()
             left = seconds_left(deadline, CONNECTING, since)
             used: list[AsyncConnection] = []
             try:
-                return await asyncio.wait_for(self._attempt(call, head, used), left)
+                return await asyncio.wait_for(self._attempt(call, head, used, renewed), left)
             except Stale:
                 if call.once:
                     raise lost(call.url, None, WAITING) from None
-                continue
+                renewed = True
             except asyncio.TimeoutError as error:
                 phase = used[0].phase if used else CONNECTING
                 raise expired(phase, since) from error
             except TransportError as error:
                 raise self._named(error, call.url) from error.__cause__
 
-    async def _attempt(self, call: Call, head: bytes, used: list[AsyncConnection]) -> Reply:
+    async def _attempt(self, call: Call, head: bytes, used: list[AsyncConnection], renewed: bool) -> Reply:
         kept = await self._kept_on_loop(call.url)
         connection = None
-        while kept and connection is None:
+        while kept and connection is None and not renewed:
             candidate = kept.pop()
             if candidate.dead or time.monotonic() - candidate.idle_since >= self._idle_s:
                 candidate.close()
@@ -250,7 +254,7 @@ class HttpTransport:
 
 
 def _address(url: Url) -> str:
-    return f"{url.scheme}|{url.host}|{url.port}|{url.unix_path}"
+    return f"{url.scheme}|{url.host}|{url.port}|{url.unix_path}|{url.address}"
 
 
 def _of_requests(error: requests.RequestException, url: Url, since: float) -> TransportError:

@@ -23,7 +23,8 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 class Url(NamedTuple):
     """Where a request goes. `host` and `port` are empty for a unix socket, `unix_path` for all others.
 
-    `text` is for messages: a query, which may hold a secret, is left out of it; `full` is what was given.
+    `text` is for messages: a query, which may hold a secret, is left out of it; `full` is what was given. `address` is
+    the one of the host's that is meant; empty for any of them.
     """
 
     text: str
@@ -34,6 +35,11 @@ class Url(NamedTuple):
     unix_path: str
     target: str
     prefix: bytes
+    address: str = ""
+
+    def at(self, address: str) -> Url:
+        """The same URL at one address of its host."""
+        return self._replace(text=f"{self.text} [{address}]", address=address)
 
     def __repr__(self) -> str:
         return f"Url({self.text!r})"

@@ -19,7 +19,8 @@ ROOMS = (
     ("errors",),
     ("signature", "deadline", "buffers"),
     ("graphpipe", "oip", "http1", "shm", "policy", "download", "url"),
-    ("connection",),
+    ("addresses",),
+    ("connection", "replicas"),
     ("transport",),
     ("client",),
     ("servable",),
@@ -53,7 +54,7 @@ PURE = {
     "remote_ops.graphpipe": IO,
     "remote_ops.oip": IO,
     "remote_ops.http1": IO,
-    "remote_ops.policy": IO | {"time"},
+    "remote_ops.policy": IO | {"time", "random"},
 }
 
 
