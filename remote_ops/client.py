@@ -3,16 +3,21 @@
 It joins signature, codec, policy and transport, and writes none of them: names, dtypes and shapes are checked before a
 byte is sent, and every reply is checked before anybody sees it.
 
-Constant: addresses, headers, timeout, retry. Changing: the signature, fetched once under `_lock`; the turn of the
-replicas, an atomic counter; the transport's idle connections.
+Constant: addresses, headers, timeout, policies. Changing: the signature, fetched once under `_lock`; the numbers of the
+replicas, which `Replicas` keeps; the transport's idle connections.
+
+A plain call stays on the caller's thread. One that may be hedged needs two exchanges at once, so a blocking one runs on
+the background loop while its thread waits: there the loser is cancelled, and so closes its connection, like any task.
 """
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
+import copy
 import dataclasses
-import itertools
+import email.utils
 import math
 import os
 import random
@@ -20,12 +25,13 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import numpy.typing as npt
 
 from remote_ops import graphpipe
+from remote_ops.addresses import awaited
 from remote_ops.connection import new_loop
 from remote_ops.deadline import Deadline, ambient
 from remote_ops.errors import (
@@ -42,7 +48,8 @@ from remote_ops.errors import (
     SpecError,
     from_answer,
 )
-from remote_ops.policy import Retry
+from remote_ops.policy import Breaker, Hedge, Retry
+from remote_ops.replicas import Replica, Replicas, ReplicaStats
 from remote_ops.signature import Signature, TensorSpec
 from remote_ops.transport import Call, HttpTransport, Reply, Transport
 from remote_ops.url import TLS, Url
@@ -58,13 +65,16 @@ class Endpoint:
     """A model at a URL, or at several URLs that answer alike.
 
     Args:
-        url: `http://`, `https://` or `http+unix://%2Fpath.sock/model`; a list of them for replicas.
+        url: `http://`, `https://` or `http+unix://%2Fpath.sock/model`; a list of them for replicas. A host name with
+            several addresses stands for as many replicas, unless the transport is yours.
         timeout_s: seconds that a call may take in all, retries included, unless it or its surroundings say less.
         headers: sent with every request. A value may name environment variables as `${NAME}`; they are read at each
             call. A literal value is taken for a secret: it is neither shown nor pickled.
         tls: whom https trusts, and who we are.
         retry: how often a call that failed for a passing reason is sent again.
         transport: what carries the bytes; our own HTTP unless said.
+        hedge: when a call that is late is sent a second time; never unless said.
+        breaker: when a replica that fails is left alone.
 
     Raises:
         SpecError: an argument is wrong. The network is not touched before the first call.
@@ -78,26 +88,35 @@ class Endpoint:
         tls: TLS | None = None,
         retry: Retry = Retry(),  # noqa: B008 (immutable)
         transport: Transport | None = None,
+        hedge: Hedge | None = None,
+        breaker: Breaker = Breaker(),  # noqa: B008 (immutable)
     ) -> None:
         urls = tuple(url) if isinstance(url, list | tuple) else (url,)
         if not urls:
             raise SpecError("an endpoint needs at least one URL: got an empty list", path="url")
         Deadline.after(timeout_s)
         self._urls = tuple(Url.parse(text) for text in urls)
-        _check_arguments(self._urls, headers, tls, retry, transport)
+        _check_arguments(self._urls, headers, tls, transport, retry, hedge, breaker)
         self.timeout_s = timeout_s
         self._headers = _Headers(headers or {})
         self._retry = retry
+        self._hedge = hedge
+        self._breaker = breaker
         self._tls = tls
         self._has_own_transport = transport is not None
         self._transport: Transport = transport or HttpTransport(tls)
         self._signature: Signature | None = None
-        self._turn = itertools.count()
-        self._renew_lock()
+        self._start()
 
-    def _renew_lock(self) -> None:
+    def _start(self) -> None:
+        expand = isinstance(self._transport, HttpTransport)
+        self._replicas = Replicas(self._urls, self._retry, self._hedge, self._breaker, expand=expand)
         self._lock = threading.Lock()
         _ENDPOINTS.add(self)
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()
+        self._replicas.after_fork()
 
     @property
     def url(self) -> str:
@@ -172,11 +191,16 @@ class Endpoint:
         config: bytes = b"",
         deadline: Deadline | None = None,
     ) -> concurrent.futures.Future[dict[str, Array]]:
-        """The same in the background; the arrays must not be written to until it is done. Cancel it to give it up."""
+        """The same in the background; the arrays must not be written to until it is done.
+
+        Cancel the future to give the call up; so does dropping it, unless it has a callback.
+        """
         bound = self._bound(deadline)
-        return asyncio.run_coroutine_threadsafe(
-            self.ainfer(inputs, outputs, config=config, deadline=bound), background_loop()
-        )
+        return _Background(self.ainfer(inputs, outputs, config=config, deadline=bound))
+
+    def stats(self) -> tuple[ReplicaStats, ...]:
+        """How each replica does: its state, requests in flight, failures, and how long its answers take."""
+        return self._replicas.stats()
 
     def close(self) -> None:
         """Close the idle connections; the endpoint stays usable."""
@@ -197,13 +221,11 @@ class Endpoint:
         return self  # nothing of it is the caller's to change
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_urls", "timeout_s", "_headers", "_retry", "_tls", "_has_own_transport", "_transport", "_signature")
-        return {name: self.__dict__[name] for name in kept}
+        return {name: self.__dict__[name] for name in _KEPT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._turn = itertools.count()
-        self._renew_lock()
+        self._start()
 
     def describe(self) -> dict[str, Any] | None:
         """Say what `from_description` makes an equal endpoint of, in what JSON can hold; None if nothing can.
@@ -219,13 +241,22 @@ class Endpoint:
             "headers": self._headers.__getstate__()["values"],
             "tls": self._tls.__getstate__() if self._tls else None,
             "retry": dataclasses.asdict(self._retry),
+            "hedge": dataclasses.asdict(self._hedge) if self._hedge else None,
+            "breaker": dataclasses.asdict(self._breaker),
         }
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> Endpoint:
         """Make an endpoint from what `describe` gave; one that had literal headers says so when it is called."""
-        tls, retry = description["tls"], description["retry"]
-        made = cls(description["url"], description["timeout_s"], None, TLS(**tls) if tls else None, Retry(**retry))
+        tls, hedge = description["tls"], description.get("hedge")
+        made = cls(
+            description["url"],
+            description["timeout_s"],
+            tls=TLS(**tls) if tls else None,
+            retry=Retry(**description["retry"]),
+            hedge=Hedge(**hedge) if hedge else None,
+            breaker=Breaker(**description.get("breaker", {})),
+        )
         made._headers.values = dict(description["headers"])
         made._headers._fixed = None if made._headers.values else ()
         return made
@@ -254,77 +285,256 @@ class Endpoint:
         names = tuple([spec.name for spec in wanted])
         return wanted, graphpipe.encode_request(tuple(arrays), list(arrays.values()), names, config)
 
-    def _exchange(self, body: Sequence[Buffer], bound: Deadline, read: Callable[[Reply, str], Any]) -> Any:
-        attempts = _Attempts(self, bound)
+    def _exchange(self, body: Sequence[Buffer], bound: Deadline, read: _Read) -> Any:
+        if self._hedge is not None and not _on_background_loop():
+            return _result_of(_Background[Any](self._aexchange(body, bound, read)))
+        attempts = _Attempts(self, body, bound, read)
+        if self._replicas.unsettled:
+            concurrent.futures.wait(self._replicas.look_up(), _most(bound.remaining()))
+        sending = attempts.first()
         while True:
-            call = attempts.next_call(body)
+            sending.begin()
             try:
-                return read(self._transport.exchange(call, bound), call.url.text)
+                reply = self._transport.exchange(sending.call, bound)
+                result = read(reply, sending.call.url.text)
             except RemoteOpsError as error:
-                time.sleep(attempts.wait_s(error))
+                sending.failed(error)
+                wait_s = attempts.wait_s(sending, error)
+            except BaseException:
+                sending.abandoned()
+                raise
+            else:
+                sending.answered()
+                return result
+            time.sleep(wait_s)
+            sending = attempts.again()
 
-    async def _aexchange(self, body: Sequence[Buffer], bound: Deadline, read: Callable[[Reply, str], Any]) -> Any:
-        attempts = _Attempts(self, bound)
+    async def _aexchange(self, body: Sequence[Buffer], bound: Deadline, read: _Read) -> Any:
+        attempts = _Attempts(self, body, bound, read)
+        if self._replicas.unsettled:
+            lookups = asyncio.gather(*map(awaited, self._replicas.look_up()), return_exceptions=True)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(lookups, _most(bound.remaining()))
+        sending = attempts.first()
         while True:
-            call = attempts.next_call(body)
             try:
-                return read(await self._transport.aexchange(call, bound), call.url.text)
-            except RemoteOpsError as error:
-                await asyncio.sleep(attempts.wait_s(error))
+                return await self._asend(attempts, sending)
+            except _Failed as caught:
+                failed = caught  # what is raised now is not raised while handling it
+            try:
+                wait_s = attempts.wait_s(failed.sending, failed.error)
+            finally:
+                del failed
+            await asyncio.sleep(wait_s)
+            sending = attempts.again()
+
+    async def _asend(self, attempts: _Attempts, sending: _Sending) -> Any:
+        after_s = self._replicas.delay_s if self._hedge is not None else None
+        if after_s is None or attempts.read is _metadata:
+            return await self._asend_one(attempts, sending)
+        tasks = [asyncio.ensure_future(self._asend_one(attempts, sending))]
+        try:
+            done, _ = await asyncio.wait(tasks, timeout=after_s)
+            second = None if done else attempts.second()
+            if second is None:
+                return await tasks[0]
+            tasks.append(asyncio.ensure_future(self._asend_one(attempts, second)))
+            winner = await _first_answer(tasks)
+            if winner is tasks[1]:
+                sending.copied_s = after_s
+            return winner.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _asend_one(self, attempts: _Attempts, sending: _Sending) -> Any:
+        sending.begin()
+        try:
+            reply = await self._transport.aexchange(sending.call, attempts.bound)
+            result = attempts.read(reply, sending.call.url.text)
+        except RemoteOpsError as error:
+            sending.failed(error)
+            raise _Failed(sending, error) from error
+        except BaseException:
+            sending.abandoned()
+            raise
+        sending.answered()
+        return result
 
 
-def _check_arguments(urls: Sequence[Url], headers: Any, tls: Any, retry: Any, transport: Any) -> None:
+_KEPT = (
+    *("_urls", "timeout_s", "_headers", "_retry", "_hedge", "_breaker"),
+    *("_tls", "_has_own_transport", "_transport", "_signature"),
+)
+
+
+def _check_arguments(
+    urls: Sequence[Url], headers: Any, tls: Any, transport: Any, retry: Any, hedge: Any, breaker: Any
+) -> None:
     """Say which argument of an `Endpoint` is not what it should be, or would be ignored."""
     for name, value, kind, what in (
         ("headers", headers, Mapping, "a dict of names and values"),
         ("tls", tls, TLS, "a TLS(...)"),
         ("retry", retry, Retry, "a Retry(...)"),
+        ("hedge", hedge, Hedge, "a Hedge(...)"),
+        ("breaker", breaker, Breaker, "a Breaker(...)"),
     ):
-        if not isinstance(value, kind) and (value is not None or name == "retry"):
+        if not isinstance(value, kind) and (value is not None or name in ("retry", "breaker")):
             raise SpecError(f"expected {what}, got a {type(value).__name__}", path=name)
     if tls is not None and transport is not None:
         raise SpecError("the transport has its own TLS: pass one of the two", path="tls")
     if tls is not None and not any(url.scheme == "https" for url in urls):
         raise SpecError(f"TLS is for https: got {urls[0].text}", path="tls")
+    if hedge is not None and not retry.idempotent:
+        raise SpecError("a hedged call may be sent twice: it needs Retry(idempotent=True)", path="hedge")
+
+
+def _most(left_s: float) -> float:
+    """What a wait of the standard library can still count."""
+    return max(0.0, min(left_s, threading.TIMEOUT_MAX, 1e6))
+
+
+# --------------------------------------------------------------------------- the sendings of a call
+
+
+_Read: TypeAlias = "Callable[[Reply, str], Any]"
+
+
+class _Failed(Exception):
+    """A sending ended with an error; never reaches a caller."""
+
+    def __init__(self, sending: _Sending, error: RemoteOpsError) -> None:
+        super().__init__()
+        self.sending = sending
+        self.error = error
+
+
+class _Sending:
+    """One request of a call to one replica: it begins, and then ends in one of three ways."""
+
+    __slots__ = ("_first", "_measured", "_replicas", "_since", "call", "copied_s", "replica")
+
+    def __init__(self, replicas: Replicas, replica: Replica, call: Call, *, first: bool, measured: bool) -> None:
+        self._replicas = replicas
+        self._first = first
+        self._measured = measured
+        self._since = 0.0
+        self.replica = replica
+        self.call = call
+        self.copied_s: float | None = None
+
+    def begin(self) -> None:
+        self._since = self._replicas.begin(self.replica, first=self._first)
+
+    def answered(self) -> None:
+        self._replicas.answered(self.replica, self._since, measured=self._measured)
+
+    def failed(self, error: RemoteOpsError) -> None:
+        self._replicas.failed(self.replica, error)
+
+    def abandoned(self) -> None:
+        self._replicas.abandoned(self.replica, self._since, copied_s=self.copied_s)
 
 
 class _Attempts:
-    """The sendings of one call: which replica next, and what an error means for it."""
+    """The sendings of one call: which replica next, when, and what an error means for it."""
 
-    __slots__ = ("bound", "endpoint", "number", "since", "turn")
+    __slots__ = ("_next", "body", "bound", "endpoint", "number", "read", "since", "told", "tried")
 
-    def __init__(self, endpoint: Endpoint, bound: Deadline) -> None:
+    def __init__(self, endpoint: Endpoint, body: Sequence[Buffer], bound: Deadline, read: _Read) -> None:
         self.endpoint = endpoint
+        self.body = body
         self.bound = bound
+        self.read = read
         self.number = 0
+        self.tried: list[Replica] = []
+        self.told: dict[Replica, str] = {}
         self.since = time.monotonic()
-        self.turn = next(endpoint._turn)
 
-    def next_call(self, body: Sequence[Buffer]) -> Call:
-        """The next sending: to the replica whose turn it is, saying how much time is left."""
-        urls = self.endpoint._urls
-        url = urls[(self.turn + self.number) % len(urls)]
+    def first(self) -> _Sending:
+        return self._sending(self.endpoint._replicas.next(()))
+
+    def again(self) -> _Sending:
+        return self._sending(self._next)
+
+    def second(self) -> _Sending | None:
+        """A copy of the sending that is on its way; None if the budgets do not allow it."""
+        replicas = self.endpoint._replicas
+        if self.bound.expired() or not replicas.spend(on_copy=True):
+            return None
+        self.number -= 1
+        return self._sending(replicas.next(self.tried))
+
+    def _sending(self, replica: Replica) -> _Sending:
+        endpoint = self.endpoint
+        first = not self.tried
         self.number += 1
-        headers = self.endpoint._headers.resolve()
+        self.tried.append(replica)
+        headers = endpoint._headers.resolve()
         left_s = self.bound.remaining()
         if left_s < math.inf:
             headers = (*headers, ("X-Request-Timeout-Ms", str(max(0, min(int(left_s * 1000), _LONGEST_MS)))))
-        return Call(url, headers, body, once=self.endpoint._retry.attempts == 1)
+        retry = endpoint._retry
+        call = Call(replica.url, headers, self.body, once=retry.attempts == 1 or not retry.idempotent)
+        return _Sending(endpoint._replicas, replica, call, first=first, measured=self.read is not _metadata)
 
-    def wait_s(self, error: RemoteOpsError) -> float:
+    def wait_s(self, sending: _Sending, error: RemoteOpsError) -> float:
         """Seconds until the next sending; raises, in full words, if there is none."""
-        retry = self.endpoint._retry
-        wait_s = retry.wait_s(error, self.number, self.bound.remaining(), random.random)
-        if wait_s is not None:
-            return wait_s
+        endpoint, replicas = self.endpoint, self.endpoint._replicas
+        self.told[sending.replica] = str(error)
+        if endpoint._retry.repeats(error, self.number):
+            self._next = replicas.next(self.tried)
+            held_s = replicas.held_s(self._next)
+            if self._next is sending.replica:
+                held_s = max(held_s, error.retry_after_s or 0.0)
+            wait_s = endpoint._retry.wait_s(
+                error,
+                self.number,
+                self.bound.remaining(),
+                random.random,
+                elsewhere=self._next not in self.tried,
+                held_s=held_s,
+            )
+            if wait_s is not None and replicas.spend():
+                return wait_s
+        last = self._last(sending, error)
+        if last is error:
+            raise error
+        raise last from error
+
+    def _last(self, sending: _Sending, error: RemoteOpsError) -> RemoteOpsError:
+        """The error that the call ends with: of the last sending, and what the other replicas had to say."""
         if isinstance(error, DeadlineExceeded):
-            urls = self.endpoint._urls
-            url = urls[(self.turn + self.number - 1) % len(urls)].text
-            raise DeadlineExceeded(
-                f"no answer from {url} in {time.monotonic() - self.since:.3f} s "
-                f"(attempt {self.number} of {retry.attempts}, {error.message})"
-            ) from error
-        raise error
+            text = (
+                f"no answer from {sending.call.url.text} in {time.monotonic() - self.since:.3f} s "
+                f"(attempt {self.number} of {self.endpoint._retry.attempts}, {error.message})"
+            )
+        else:
+            text = str(error)
+        others: list[str] = []
+        if error.retryable or isinstance(error, DeadlineExceeded):
+            unwell = {replica: replica.last_error for replica in self.endpoint._replicas.unwell()}
+            others = [said for replica, said in {**unwell, **self.told}.items() if replica is not sending.replica]
+        if others:
+            text = f"{text}; {len(others)} more failed: {'; '.join(others)}"
+        if text == str(error):
+            return error
+        last = copy.copy(error)
+        last.args = (text,)
+        return last
+
+
+async def _first_answer(copies: Sequence[asyncio.Future[Any]]) -> asyncio.Future[Any]:
+    """The first of two copies that ends well, or with an error that the other would meet too; else the last."""
+    pending = set(copies)
+    while True:
+        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        for one in done:
+            error = one.exception()
+            if not pending or not (isinstance(error, _Failed) and error.error.retryable):
+                best: asyncio.Future[Any] = min(done, key=lambda one: one.exception() is not None)
+                return best
 
 
 # --------------------------------------------------------------------------- replies
@@ -356,7 +566,9 @@ def _metadata(reply: Reply, url: str) -> Signature:
 
 def _read(reply: Reply, url: str, decode: Callable[[Buffer], _T]) -> _T:
     if not 200 <= reply.status < 300:
-        raise _error_of(reply, url)
+        error = _error_of(reply, url)
+        error.retry_after_s = _retry_after_s(reply.headers.get("retry-after", ""))
+        raise error
     try:
         return decode(reply.body)
     except DecodeError as error:
@@ -392,6 +604,16 @@ def _error_of(reply: Reply, url: str) -> RemoteOpsError:
     if reply.status == 504:
         return DeadlineExceeded(said)
     return BadStatus(said, status=reply.status)
+
+
+def _retry_after_s(text: str) -> float | None:
+    """Seconds from now that a `Retry-After` asks for, which is a number or a date; None without one that is either."""
+    if text.isascii() and text.isdigit():
+        return float(text[:12])
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, OverflowError, TypeError):
+        return None
 
 
 def _said(reply: Reply, url: str) -> str:
@@ -486,13 +708,85 @@ def background_loop() -> asyncio.AbstractEventLoop:
         return _background
 
 
+def _on_background_loop() -> bool:
+    return _background is not None and asyncio._get_running_loop() is _background
+
+
+class _Background(concurrent.futures.Future[_T]):
+    """The future of a coroutine on the background loop: when it is cancelled or dropped, so is the coroutine.
+
+    The loop holds it weakly, but for one with callbacks, which somebody may wait for without holding it.
+    """
+
+    def __init__(self, coroutine: Coroutine[Any, Any, _T]) -> None:
+        super().__init__()
+        self._run = _Run(background_loop(), weakref.ref(self))
+        self._run.loop.call_soon_threadsafe(self._run.begin, coroutine)
+
+    def cancel(self) -> bool:
+        cancelled = super().cancel()
+        if cancelled:
+            self._run.give_up()
+        return cancelled
+
+    def add_done_callback(self, fn: Callable[[concurrent.futures.Future[_T]], object]) -> None:
+        self._run.held = self
+        super().add_done_callback(fn)
+
+    def __del__(self) -> None:
+        if not self.done():
+            self._run.give_up()
+
+
+class _Run:
+    """What the loop knows of a `_Background`."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, future: weakref.ref[_Background[Any]]) -> None:
+        self.loop = loop
+        self.held: _Background[Any] | None = None
+        self._future = future
+        self._task: asyncio.Task[Any] | None = None
+
+    def begin(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        self._task = self.loop.create_task(coroutine)
+        self._task.add_done_callback(self._end)
+
+    def give_up(self) -> None:
+        if self.loop is _background:  # or this is a child, and the loop is its parent's
+            self.loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _end(self, task: asyncio.Task[Any]) -> None:
+        future, self.held = self._future(), None
+        error = None if task.cancelled() else task.exception()
+        if future is None:
+            return
+        if task.cancelled():
+            future.cancel()
+        if future.set_running_or_notify_cancel():
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(task.result())
+
+
+def _result_of(future: concurrent.futures.Future[_T]) -> _T:
+    try:
+        return future.result()
+    finally:
+        future.cancel()  # Ctrl-C ends the wait
+
+
 def _after_fork() -> None:
     """A lock held by another thread at the fork stays held in the child, and that thread is gone: start anew."""
     global _BACKGROUND_LOCK, _background
     _BACKGROUND_LOCK = threading.Lock()
     _background = None
     for endpoint in tuple(_ENDPOINTS):
-        endpoint._renew_lock()
+        endpoint._after_fork()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -50,10 +50,12 @@ __all__ = [
 class RemoteOpsError(Exception):
     """The root of every exception of this project.
 
-    `retryable` says whether the same call may succeed on another try or another replica.
+    `retryable` says whether the same call may succeed on another try or another replica, `retry_after_s` in how many
+    seconds, where the server has said so.
     """
 
     retryable: ClassVar[bool] = False
+    retry_after_s: float | None = None
 
     def __init__(self, message: str) -> None:
         super().__init__(message)

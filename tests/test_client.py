@@ -482,7 +482,7 @@ def test_a_dead_replica_is_skipped(url: str, way: str) -> None:
             np.testing.assert_array_equal(answer, 2 * ONES)
 
 
-def test_replicas_take_turns() -> None:
+def test_replicas_share_the_calls() -> None:
     counts = [0, 0, 0]
 
     def counting(index: int) -> Callable[[Conversation, Message], None]:
@@ -497,7 +497,8 @@ def test_replicas_take_turns() -> None:
         endpoint = stack.enter_context(Endpoint([there.url for there in peers]))
         for _ in range(30):
             endpoint(ONES)
-    assert counts == [10, 10, 10]
+    assert sum(counts) == 30
+    assert min(counts) >= 5, counts
 
 
 # --------------------------------------------------------------------------- deadlines

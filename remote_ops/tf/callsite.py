@@ -68,7 +68,7 @@ def handle_of(client: Client, *, pure: bool) -> Tensor:
         key=tls.key or "",
         key_password=tls.password or "",
         verify=tls.verify,
-        attempts=client.retry.attempts,
+        attempts=client.retry.attempts if client.retry.idempotent else 1,
         retry_base_s=client.retry.base_s,
         retry_max_s=client.retry.max_s,
         connect_timeout_s=client.connect_timeout_s or 0.0,
