@@ -334,14 +334,17 @@ class Endpoint:
             return await self._asend_one(attempts, sending)
         tasks = [asyncio.ensure_future(self._asend_one(attempts, sending))]
         try:
-            done, _ = await asyncio.wait(tasks, timeout=after_s)
-            second = None if done else attempts.second()
+            since, left_s = time.monotonic(), after_s
+            while left_s >= 0 and not tasks[0].done():  # uvloop counts whole milliseconds, and so may be early
+                await asyncio.wait(tasks, timeout=left_s)
+                left_s = since + after_s - time.monotonic()
+            second = None if tasks[0].done() else attempts.second()
             if second is None:
                 return await tasks[0]
             tasks.append(asyncio.ensure_future(self._asend_one(attempts, second)))
             winner = await _first_answer(tasks)
             if winner is tasks[1]:
-                sending.copied_s = after_s
+                sending.outrun = True
             return winner.result()
         finally:
             for task in tasks:
@@ -413,7 +416,7 @@ class _Failed(Exception):
 class _Sending:
     """One request of a call to one replica: it begins, and then ends in one of three ways."""
 
-    __slots__ = ("_first", "_measured", "_replicas", "_since", "call", "copied_s", "replica")
+    __slots__ = ("_first", "_measured", "_replicas", "_since", "call", "outrun", "replica")
 
     def __init__(self, replicas: Replicas, replica: Replica, call: Call, *, first: bool, measured: bool) -> None:
         self._replicas = replicas
@@ -422,7 +425,7 @@ class _Sending:
         self._since = 0.0
         self.replica = replica
         self.call = call
-        self.copied_s: float | None = None
+        self.outrun = False
 
     def begin(self) -> None:
         self._since = self._replicas.begin(self.replica, first=self._first)
@@ -434,7 +437,7 @@ class _Sending:
         self._replicas.failed(self.replica, error)
 
     def abandoned(self) -> None:
-        self._replicas.abandoned(self.replica, self._since, copied_s=self.copied_s)
+        self._replicas.abandoned(self.replica, self._since, outrun=self.outrun)
 
 
 class _Attempts:
@@ -485,6 +488,7 @@ class _Attempts:
         self.told[sending.replica] = str(error)
         if endpoint._retry.repeats(error, self.number):
             self._next = replicas.next(self.tried)
+            elsewhere = self._next not in self.tried
             held_s = replicas.held_s(self._next)
             if self._next is sending.replica:
                 held_s = max(held_s, error.retry_after_s or 0.0)
@@ -493,10 +497,10 @@ class _Attempts:
                 self.number,
                 self.bound.remaining(),
                 random.random,
-                elsewhere=self._next not in self.tried,
+                elsewhere=elsewhere,
                 held_s=held_s,
             )
-            if wait_s is not None and replicas.spend():
+            if wait_s is not None and (endpoint._retry.is_free(error, elsewhere=elsewhere) or replicas.spend()):
                 return wait_s
         last = self._last(sending, error)
         if last is error:

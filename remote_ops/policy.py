@@ -56,7 +56,7 @@ class Retry:
         max_s: the longest wait before any sending, in seconds, unless the server asks for a longer one.
         idempotent: False if a call must not happen twice: then it is sent again only if no connection was made.
         budget: sendings beyond the first that all calls of an endpoint may take together, as a share of the calls; 0
-            or more. The first ten, and one a second, are lent.
+            or more. The first ten, and one a second, are lent. Where no connection was made, another replica is free.
 
     Raises:
         SpecError: a number out of its range.
@@ -80,6 +80,11 @@ class Retry:
         """Whether a call whose sending number `attempt` (from 1) ended with `error` may be sent again."""
         safe = self.idempotent or isinstance(error, ConnectError)
         return error.retryable and safe and attempt < self.attempts
+
+    @staticmethod
+    def is_free(error: RemoteOpsError, *, elsewhere: bool) -> bool:
+        """Whether the next sending adds nothing to the load: the last one reached nobody."""
+        return elsewhere and isinstance(error, ConnectError)
 
     def wait_s(
         self,
@@ -162,13 +167,17 @@ class Budget:
 # --------------------------------------------------------------------------- hedge
 
 
+_SHORT_S = 0.005  # what a busy machine is late by without any reason
+_SOME, _MANY = 20, 100  # answers that tell what is usual, and what is rare
+
+
 @dataclass(frozen=True, slots=True)
 class Hedge:
     """When a call that is late is sent a second time, elsewhere if there is another replica; the first answer counts.
 
     Args:
         after_s: seconds without an answer after which the second copy is sent; unless given, what 95 % of the answers
-            took, but at most ten times what half of them took, once there are twenty.
+            took, but at most ten times what half of them took, or 5 ms; once there are twenty.
         budget: copies that may be sent, as a share of the calls, 0 to 1. They count for the budget of `Retry` too.
 
     Raises:
@@ -188,11 +197,12 @@ class Hedge:
         """Seconds after which to send a copy, from what the last answers took; None not to."""
         if self.after_s is not None:
             return self.after_s
-        if len(took_s) < 20:
+        if len(took_s) < _SOME:
             return None
         ordered = sorted(took_s)
-        # Where more than one answer in twenty is slow, those 95 % include slow ones.
-        return min(quantile(ordered, 0.95), 10 * quantile(ordered, 0.5))
+        # Where more than one answer in twenty is slow, and by chance where few are known, those 95 % include slow ones.
+        longest_s = max(10 * quantile(ordered, 0.5), _SHORT_S)
+        return min(quantile(ordered, 0.95), longest_s) if len(ordered) >= _MANY else longest_s
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
@@ -302,8 +312,8 @@ def choose(loads: Sequence[Load], turn: int, pick: Callable[[int], int]) -> int:
     """Which of the replicas a call goes to next, as an index.
 
     Those that are left and have not seen the call come first, then those that are left, then those that have not seen
-    it, ejected ones last: bans are ignored if nobody is left. Of these one that is to be probed; else the less busy of the one whose turn
-    it is and another, where a replica several times slower than the quickest counts as so much busier.
+    it, ejected ones last: bans are ignored if nobody is left. Of these one that is to be probed; else the less busy of
+    the one whose turn it is and another, where one several times slower than the quickest counts as so much busier.
 
     Args:
         loads: one or more.

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from remote_ops.addresses import Lookup, is_name, look_up, replicas_among
-from remote_ops.errors import RemoteOpsError
+from remote_ops.errors import Overloaded, RemoteOpsError
 from remote_ops.policy import (
     UP,
     Breaker,
@@ -36,6 +36,7 @@ from remote_ops.url import Url
 __all__ = ["Replica", "ReplicaStats", "Replicas"]
 
 _LOOK_AGAIN_S = 30.0
+_HOLD_S = 1.0  # for one that is overloaded and does not say how long
 _LONGEST_HOLD_S = 60.0  # a server may ask for any length
 
 
@@ -65,6 +66,7 @@ class Replica:
 
     __slots__ = (
         "answered_at",
+        "asked_until",
         "failures",
         "health",
         "held_until",
@@ -83,7 +85,8 @@ class Replica:
         self.sent = 0
         self.failures = 0
         self.health = Health()
-        self.held_until = -math.inf
+        self.held_until = -math.inf  # others are asked first until then
+        self.asked_until = -math.inf  # it has said so itself
         self.last_error = ""
         self.took_s: deque[float] = deque(maxlen=512)
         self.recent_s: deque[float] = deque(maxlen=16)
@@ -209,7 +212,7 @@ class Replicas:
             self._released(replica)
             if replica.health.faults:
                 replica.health = self._breaker.after_answer(replica.health)
-            replica.held_until = -math.inf
+            replica.asked_until = replica.held_until = -math.inf
             if measured:
                 self._measure(replica, now - since, now)
 
@@ -218,8 +221,10 @@ class Replicas:
         now = self._clock()
         with self._lock:
             self._released(replica)
-            if error.retry_after_s is not None and error.retryable:
-                replica.held_until = now + min(error.retry_after_s, _LONGEST_HOLD_S)
+            if error.retryable and error.retry_after_s is not None:
+                replica.asked_until = replica.held_until = now + min(error.retry_after_s, _LONGEST_HOLD_S)
+            elif isinstance(error, Overloaded):
+                replica.held_until = now + _HOLD_S
             if is_fault(error):
                 others = [other for other in self._all if other is not replica]
                 up = sum(self._breaker.state(other.health, now) == UP for other in others)
@@ -230,20 +235,20 @@ class Replicas:
             replica.failures += 1
             replica.last_error = str(error)
 
-    def abandoned(self, replica: Replica, since: float, *, copied_s: float | None = None) -> None:
-        """Nobody waits for the answer any more: a copy sent after `copied_s` was quicker, or the call is given up."""
+    def abandoned(self, replica: Replica, since: float, *, outrun: bool = False) -> None:
+        """Nobody waits for the answer any more: it was `outrun` by a copy, or the call is given up."""
         now = self._clock()
         with self._lock:
             self._released(replica)
-            if copied_s is not None:
-                self._measure(replica, now - since, now, at_least_s=copied_s)
+            if outrun:  # at least so long, then
+                self._measure(replica, now - since, now)
 
     @staticmethod
     def _released(replica: Replica) -> None:
         if replica.in_flight:  # a child has none, whatever its parent began
             replica.in_flight -= 1
 
-    def _measure(self, replica: Replica, took_s: float, now: float, at_least_s: float | None = None) -> None:
+    def _measure(self, replica: Replica, took_s: float, now: float) -> None:
         replica.took_s.append(took_s)
         replica.answered_at = now
         if len(self._all) > 1:
@@ -251,10 +256,9 @@ class Replicas:
             if len(replica.recent_s) < 16 or not replica.sent % 4:
                 replica.typical_s = typical_of(replica.recent_s)
         if self._hedge is not None and self._hedge.after_s is None:
-            # Of one that lost to its copy it is known only that it was late: more would make the next ones wait longer.
-            self._took_s.append(took_s if at_least_s is None else at_least_s)
+            self._took_s.append(took_s)
             self._measured += 1
-            if self._measured < 64 or not self._measured % 16:
+            if self._measured <= 32 or not self._measured % 16:
                 self._delay_s = self._hedge.delay_s(self._took_s)
 
     def spend(self, *, on_copy: bool = False) -> bool:
@@ -270,7 +274,7 @@ class Replicas:
 
     def held_s(self, replica: Replica) -> float:
         """Seconds for which it has asked to be left alone."""
-        return max(0.0, replica.held_until - self._clock())
+        return max(0.0, replica.asked_until - self._clock())
 
     @property
     def delay_s(self) -> float | None:

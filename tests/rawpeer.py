@@ -94,7 +94,7 @@ Script = Callable[[Conversation], None]
 class Peer:
     """A listening socket; `connections` counts those accepted, `open` those that live."""
 
-    def __init__(self, script: Script, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, script: Script, tls: ssl.SSLContext | None, host: str) -> None:
         self.over = threading.Event()
         self.connections = 0
         self.open = 0
@@ -103,7 +103,7 @@ class Peer:
         self._lock = threading.Lock()
         self._conversations: list[Conversation] = []
         self._threads: list[threading.Thread] = []
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self._listener = socket.create_server((host, 0), backlog=128)
         self.port: int = self._listener.getsockname()[1]
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}/m"
         self._acceptor = threading.Thread(target=self._accept)
@@ -155,9 +155,9 @@ class Peer:
 
 
 @contextlib.contextmanager
-def peer(script: Script, *, tls: ssl.SSLContext | None = None) -> Iterator[Peer]:
+def peer(script: Script, *, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1") -> Iterator[Peer]:
     """Run a peer that hands each connection to `script`, on a thread of its own."""
-    running = Peer(script, tls)
+    running = Peer(script, tls, host)
     try:
         yield running
     finally:

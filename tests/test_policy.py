@@ -105,6 +105,12 @@ def test_the_wait_doubles_to_its_cap_with_full_jitter_heeds_the_server_and_the_d
     assert retry.wait_s(BUSY, attempt, left_s, lambda: jitter, **options) == (wait_s and pytest.approx(wait_s))
 
 
+def test_only_a_sending_that_reached_nobody_is_made_up_for_elsewhere_for_free() -> None:
+    assert Retry.is_free(REFUSED, elsewhere=True)
+    assert not Retry.is_free(REFUSED, elsewhere=False)
+    assert not Retry.is_free(LOST, elsewhere=True)
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -185,10 +191,13 @@ def test_retries_of_calls_at_any_pace_stay_within_a_fifth_and_the_loans() -> Non
         (Hedge(after_s=0.3), [], 0.3),
         (Hedge(after_s=0.0), [9.0], 0.0),
         (Hedge(), [0.1] * 19, None),
-        (Hedge(), [0.1] * 20, 0.1),
+        (Hedge(), [0.1] * 20, 1.0),
+        (Hedge(), [0.1] * 99, 1.0),
+        (Hedge(), [0.1] * 100, 0.1),
         (Hedge(), [float(n) for n in range(1, 101)], 95.0),
         (Hedge(), [0.01] * 94 + [9.0] * 6, 0.1),
         (Hedge(), [0.01] * 96 + [9.0] * 4, 0.01),
+        (Hedge(), [0.0001] * 94 + [9.0] * 6, 0.005),
     ],
 )
 def test_a_copy_goes_out_after_p95_or_when_it_was_said_to(
