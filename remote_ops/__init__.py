@@ -28,7 +28,7 @@ from remote_ops.errors import (
     SpecError,
     TransportError,
 )
-from remote_ops.policy import Retry
+from remote_ops.policy import Breaker, Hedge, Retry
 from remote_ops.servable import FunctionServable, Servable, load
 from remote_ops.signature import Signature, TensorSpec
 from remote_ops.transport import RequestsTransport
@@ -39,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "TLS",
     "BadStatus",
+    "Breaker",
     "CodecError",
     "ConnectError",
     "ConnectionLost",
@@ -49,6 +50,7 @@ __all__ = [
     "Endpoint",
     "FramingError",
     "FunctionServable",
+    "Hedge",
     "InternalError",
     "InvalidRequest",
     "ModelNotFound",

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from remote_ops.url import Url
 
@@ -31,6 +31,7 @@ class Address(NamedTuple):
 
 
 Lookup: TypeAlias = "Future[tuple[Address, ...]]"
+_T = TypeVar("_T")
 
 _lock = threading.Lock()
 _lookups: dict[tuple[str, int], tuple[float, Lookup]] = {}
@@ -71,13 +72,13 @@ def _ask(host: str, port: int, flags: int) -> tuple[Address, ...]:
     return tuple(dict.fromkeys(Address(family, place) for family, _, _, _, place in answers))
 
 
-async def awaited(found: Lookup) -> tuple[Address, ...]:
-    """The same on a loop; whoever stops waiting leaves the look-up to the others."""
+async def awaited(found: Future[_T]) -> _T:
+    """Wait for one on a loop; whoever stops waiting leaves the look-up to the others."""
     if not found.done():
         loop = asyncio.get_running_loop()
         done = asyncio.Event()
 
-        def wake(_: Lookup) -> None:
+        def wake(_: Future[_T]) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(done.set)
 

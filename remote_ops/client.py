@@ -434,7 +434,7 @@ class _Sending:
         self._replicas.answered(self.replica, self._since, measured=self._measured)
 
     def failed(self, error: RemoteOpsError) -> None:
-        self._replicas.failed(self.replica, error)
+        self._replicas.failed(self.replica, self._since, error)
 
     def abandoned(self) -> None:
         self._replicas.abandoned(self.replica, self._since, outrun=self.outrun)
@@ -471,11 +471,13 @@ class _Attempts:
 
     def _sending(self, replica: Replica) -> _Sending:
         endpoint = self.endpoint
+        headers = endpoint._headers.resolve()
+        left_s = self.bound.remaining()
+        if left_s <= 0:
+            raise DeadlineExceeded(f"no time left to call {replica.url.text}: the deadline passed {-left_s:.3f} s ago")
         first = not self.tried
         self.number += 1
         self.tried.append(replica)
-        headers = endpoint._headers.resolve()
-        left_s = self.bound.remaining()
         if left_s < math.inf:
             headers = (*headers, ("X-Request-Timeout-Ms", str(max(0, min(int(left_s * 1000), _LONGEST_MS)))))
         retry = endpoint._retry
@@ -485,7 +487,7 @@ class _Attempts:
     def wait_s(self, sending: _Sending, error: RemoteOpsError) -> float:
         """Seconds until the next sending; raises, in full words, if there is none."""
         endpoint, replicas = self.endpoint, self.endpoint._replicas
-        self.told[sending.replica] = str(error)
+        self.told[sending.replica], note = str(error), ""
         if endpoint._retry.repeats(error, self.number):
             self._next = replicas.next(self.tried)
             elsewhere = self._next not in self.tried
@@ -500,14 +502,16 @@ class _Attempts:
                 elsewhere=elsewhere,
                 held_s=held_s,
             )
-            if wait_s is not None and (endpoint._retry.is_free(error, elsewhere=elsewhere) or replicas.spend()):
-                return wait_s
-        last = self._last(sending, error)
+            if wait_s is not None:
+                if endpoint._retry.is_free(error, elsewhere=elsewhere) or replicas.spend():
+                    return wait_s
+                note = "; not sent again: retries have used up their share of the calls"
+        last = self._last(sending, error, note)
         if last is error:
             raise error
         raise last from error
 
-    def _last(self, sending: _Sending, error: RemoteOpsError) -> RemoteOpsError:
+    def _last(self, sending: _Sending, error: RemoteOpsError, note: str) -> RemoteOpsError:
         """The error that the call ends with: of the last sending, and what the other replicas had to say."""
         if isinstance(error, DeadlineExceeded):
             text = (
@@ -522,6 +526,7 @@ class _Attempts:
             others = [said for replica, said in {**unwell, **self.told}.items() if replica is not sending.replica]
         if others:
             text = f"{text}; {len(others)} more failed: {'; '.join(others)}"
+        text += note
         if text == str(error):
             return error
         last = copy.copy(error)
@@ -734,7 +739,8 @@ class _Background(concurrent.futures.Future[_T]):
         return cancelled
 
     def add_done_callback(self, fn: Callable[[concurrent.futures.Future[_T]], object]) -> None:
-        self._run.held = self
+        if not self.done():
+            self._run.held = self
         super().add_done_callback(fn)
 
     def __del__(self) -> None:

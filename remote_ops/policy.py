@@ -274,11 +274,20 @@ class Breaker:
         return min(self.max_s, self.base_s * 2.0 ** min(ejections - 1, 60))
 
 
-_FAULTS = (ConnectError, ConnectionLost, DeadlineExceeded, DecodeError, FramingError, ModelUnavailable)
+_FAULTS = (ConnectError, ConnectionLost, DecodeError, FramingError, ModelUnavailable)
+_NO_TIME_S = 0.001
 
 
-def is_fault(error: RemoteOpsError) -> bool:
-    """Whether an error speaks against the replica, not the request: a model that raises may do so everywhere."""
+def is_fault(error: RemoteOpsError, waited_s: float, typical_s: float | None = None) -> bool:
+    """Whether an error speaks against the replica, not the request: a model that raises may do so everywhere.
+
+    Args:
+        error: what a request ended with.
+        waited_s: how long it had taken by then: a deadline sooner than any answer is the caller's affair.
+        typical_s: what an answer takes there; None if not known.
+    """
+    if isinstance(error, DeadlineExceeded):
+        return waited_s >= max(_NO_TIME_S, typical_s or 0.0)
     return isinstance(error, _FAULTS) or (isinstance(error, BadStatus) and error.status >= 500)
 
 
@@ -337,15 +346,16 @@ def choose(loads: Sequence[Load], turn: int, pick: Callable[[int], int]) -> int:
     place = turn % len(among)
     one = among[place]
     other = among[(place + 1 + pick(len(among) - 1)) % len(among)]
-    quickest_s = min((took_s for index in among if (took_s := loads[index].typical_s) is not None), default=0.0)
+    quickest_s = min((took_s for index in among if (took_s := loads[index].typical_s) is not None), default=math.inf)
     return one if _busy(loads[one], quickest_s) <= _busy(loads[other], quickest_s) else other
 
 
-_NOISE = 3.0  # replicas this much slower than the quickest are still its equals
+_NOISE = 3.0  # replicas up to so many times slower than the quickest are still its equals
+_NOISE_S = 0.001  # and so are those that are as quick as this
 
 
 def _busy(load: Load, quickest_s: float) -> float:
-    slowness = load.typical_s / (_NOISE * quickest_s) if load.typical_s is not None and quickest_s > 0 else 1.0
+    slowness = (load.typical_s or 0.0) / max(_NOISE * quickest_s, _NOISE_S)
     return (load.in_flight + 1) * max(1.0, slowness)
 
 

@@ -13,10 +13,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import NamedTuple
 
 from remote_ops.addresses import Lookup, is_name, look_up, replicas_among
-from remote_ops.errors import Overloaded, RemoteOpsError
+from remote_ops.errors import DeadlineExceeded, Overloaded, RemoteOpsError
 from remote_ops.policy import (
     UP,
     Breaker,
@@ -149,21 +150,23 @@ class Replicas:
         """Whether there are names that were never looked up."""
         return self._look_at == -math.inf
 
-    def look_up(self) -> list[Lookup]:
-        """Look all names up; what is found is heeded as it comes."""
+    def look_up(self) -> list[Future[None]]:
+        """Look all names up; what is found is heeded as it comes, and then the future of that name is done."""
         self._look_at = self._clock() + _LOOK_AGAIN_S
-        lookups = []
-        for url in self._named:
-            lookup = look_up(url)
-            lookup.add_done_callback(lambda done, url=url: self._settle(url, done))  # type: ignore[misc]
-            lookups.append(lookup)
-        return lookups
+        return [self._look_up(url) for url in self._named]
 
-    def _settle(self, url: Url, lookup: Lookup) -> None:
-        if lookup.exception() is None:  # a name that is gone for now keeps the addresses it had
-            with self._lock:
-                self._found[url] = sorted(replicas_among(lookup.result()))
-                self._list()
+    def _look_up(self, url: Url) -> Future[None]:
+        settled: Future[None] = Future()
+
+        def settle(lookup: Lookup) -> None:
+            if lookup.exception() is None:  # a name that is gone for now keeps the addresses it had
+                with self._lock:
+                    self._found[url] = sorted(replicas_among(lookup.result()))
+                    self._list()
+            settled.set_result(None)
+
+        look_up(url).add_done_callback(settle)
+        return settled
 
     # a call, and its sendings
 
@@ -216,8 +219,8 @@ class Replicas:
             if measured:
                 self._measure(replica, now - since, now)
 
-    def failed(self, replica: Replica, error: RemoteOpsError) -> None:
-        """The request ended with an error."""
+    def failed(self, replica: Replica, since: float, error: RemoteOpsError) -> None:
+        """The request begun at `since` ended with an error."""
         now = self._clock()
         with self._lock:
             self._released(replica)
@@ -225,12 +228,13 @@ class Replicas:
                 replica.asked_until = replica.held_until = now + min(error.retry_after_s, _LONGEST_HOLD_S)
             elif isinstance(error, Overloaded):
                 replica.held_until = now + _HOLD_S
-            if is_fault(error):
+            if is_fault(error, now - since, replica.typical_s):
                 others = [other for other in self._all if other is not replica]
                 up = sum(self._breaker.state(other.health, now) == UP for other in others)
                 replica.health = self._breaker.after_fault(replica.health, now, others=up)
             elif not error.retryable:
-                replica.health = self._breaker.after_answer(replica.health)
+                if not isinstance(error, DeadlineExceeded):
+                    replica.health = self._breaker.after_answer(replica.health)
                 return
             replica.failures += 1
             replica.last_error = str(error)
@@ -310,5 +314,6 @@ class Replicas:
     def after_fork(self) -> None:
         """In a child: the lock may be held by a thread that is gone, and no request is on its way from here."""
         self._lock = threading.Lock()
+        self._rng.seed()
         for replica in self._all:
             replica.in_flight = 0

@@ -281,7 +281,17 @@ def test_faults_of_calls_that_were_under_way_do_not_lengthen_an_ejection() -> No
 def test_what_speaks_against_the_replica_is_not_what_the_request_brought_about(
     error: RemoteOpsError, fault: bool
 ) -> None:
-    assert is_fault(error) is fault
+    assert is_fault(error, 0.1) is fault
+
+
+@pytest.mark.parametrize(
+    ("waited_s", "typical_s", "fault"),
+    [(0.0, None, False), (0.0001, None, False), (0.1, None, True), (0.1, 0.2, False), (0.1, 0.05, True)],
+)
+def test_a_deadline_sooner_than_an_answer_can_be_is_not_the_replicas_fault(
+    waited_s: float, typical_s: float | None, fault: bool
+) -> None:
+    assert is_fault(DeadlineExceeded("late"), waited_s, typical_s) is fault
 
 
 # --------------------------------------------------------------------------- replica choice
@@ -312,6 +322,8 @@ OUT, PROBE, HELD, SEEN = Load(EJECTED), Load(PROBING), Load(held=True), Load(tri
         ([Load(typical_s=0.1), Load(typical_s=0.01)], {1}),
         ([Load(typical_s=0.02), Load(typical_s=0.01)], {0, 1}),
         ([Load(typical_s=0.1), Load()], {0, 1}),
+        ([Load(typical_s=0.0009), Load(typical_s=0.0001)], {0, 1}),
+        ([Load(typical_s=0.002), Load(typical_s=0.0002)], {1}),
         ([Load(typical_s=0.1), Load(typical_s=0.01, in_flight=1)], {1}),
         ([Load(typical_s=0.1), Load(typical_s=0.01, in_flight=4)], {0}),
         ([Load(), Load(in_flight=9), Load(in_flight=9)], {0, 1, 2}),

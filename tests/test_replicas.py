@@ -294,6 +294,16 @@ def test_a_thousand_calls_that_all_fail_send_at_most_a_fifth_more(way: Any) -> N
         assert sum(replica.sent for replica in endpoint.stats()) == busy.count
 
 
+def test_a_call_that_is_not_sent_again_for_want_of_budget_says_so() -> None:
+    with replicas(status("503 X"), retry=Retry(attempts=99, base_s=0.0)) as (endpoint, _):
+        with pytest.raises(ModelUnavailable, match=r"503; not sent again: retries have used up"):
+            infer(endpoint)
+        assert endpoint.stats()[0].sent == 11
+    with replicas(status("503 X"), retry=Retry(attempts=2, base_s=0.0)) as (endpoint, _):
+        with pytest.raises(ModelUnavailable, match=r"503$"):
+            infer(endpoint)
+
+
 # --------------------------------------------------------------------------- replicas that die and come back
 
 
@@ -361,7 +371,32 @@ def test_a_replica_is_ejected_after_five_faults_then_probed_and_comes_back(way: 
         assert until(lambda: endpoint.stats()[0].state == "probing")
         way(endpoint, 40)
         assert endpoint.stats()[0].state == "up"
-        assert first.count > 10
+        assert first.count > 6
+
+
+def test_deadlines_that_leave_no_time_eject_nobody() -> None:
+    with replicas(good, good) as (endpoint, _):
+        infer(endpoint, 10)
+        for _ in range(20):
+            with pytest.raises(DeadlineExceeded):
+                endpoint.infer({"x": ONE}, deadline=Deadline.after(0.0))
+        assert [(replica.state, replica.failures) for replica in endpoint.stats()] == [("up", 0)] * 2
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_replica_that_never_answers_is_left_alone_after_five_calls(way: Any) -> None:
+    over = threading.Event()
+    hole = Counted(lambda conversation, request: over.wait(WAIT_S) and None)
+    with replicas(hole, good, timeout_s=0.05, breaker=Breaker(base_s=60)) as (endpoint, _):
+        failed = 0
+        for _ in range(40):
+            try:
+                way(endpoint)
+            except DeadlineExceeded:
+                failed += 1
+        over.set()
+        assert failed == hole.count == 5
+        assert [replica.state for replica in endpoint.stats()] == ["ejected", "up"]
 
 
 # --------------------------------------------------------------------------- replicas that lag
@@ -454,6 +489,15 @@ def test_a_copy_answers_for_a_replica_that_hangs(way: Any) -> None:
         way(endpoint, 4)
         assert time.monotonic() - since < 2
         over.set()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_copy_goes_to_the_same_server_where_there_is_no_other(way: Any) -> None:
+    over = threading.Event()
+    with replicas(hangs_once(over), hedge=Hedge(after_s=0.05), retry=Retry(1)) as (endpoint, _):
+        way(endpoint, 4)
+        over.set()
+        assert endpoint.stats()[0].sent == 5
 
 
 @pytest.mark.parametrize("way", WAYS)
