@@ -17,7 +17,6 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
-import email.utils
 import math
 import os
 import random
@@ -25,36 +24,28 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import numpy.typing as npt
 
 from remote_ops import graphpipe
 from remote_ops.addresses import awaited
-from remote_ops.connection import new_loop
+from remote_ops.background import Background, on_background_loop, result_of
 from remote_ops.deadline import Deadline, ambient
 from remote_ops.errors import (
-    BadStatus,
     DeadlineExceeded,
-    DecodeError,
-    InternalError,
-    InvalidRequest,
-    ModelNotFound,
-    ModelUnavailable,
-    Overloaded,
     RemoteOpsError,
-    SignatureError,
     SpecError,
-    from_answer,
 )
 from remote_ops.policy import Breaker, Hedge, Retry
 from remote_ops.replicas import Replica, Replicas, ReplicaStats
+from remote_ops.replies import metadata_of, results_of
 from remote_ops.signature import Signature, TensorSpec
 from remote_ops.transport import Call, HttpTransport, Reply, Transport
 from remote_ops.url import TLS, Url
 
-__all__ = ["Endpoint", "background_loop"]
+__all__ = ["Endpoint"]
 
 Array = npt.NDArray[Any]
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
@@ -164,7 +155,7 @@ class Endpoint:
         bound = self._bound(deadline)
         signature = self._signature or self._fetch_signature(bound)
         wanted, body = self._prepare(signature, inputs, outputs, config)
-        results: dict[str, Array] = self._exchange(body, bound, lambda reply, url: _results(reply, url, wanted))
+        results: dict[str, Array] = self._exchange(body, bound, lambda reply, url: results_of(reply, url, wanted))
         return results
 
     async def ainfer(
@@ -178,9 +169,11 @@ class Endpoint:
         """The same on the running loop; cancelling it closes the connection it waits on."""
         bound = self._bound(deadline)
         if self._signature is None:  # several at once may ask; the answers are alike
-            self._signature = await self._aexchange([graphpipe.METADATA_REQUEST], bound, _metadata)
+            self._signature = await self._aexchange([graphpipe.METADATA_REQUEST], bound, metadata_of)
         wanted, body = self._prepare(self._signature, inputs, outputs, config)
-        results: dict[str, Array] = await self._aexchange(body, bound, lambda reply, url: _results(reply, url, wanted))
+        results: dict[str, Array] = await self._aexchange(
+            body, bound, lambda reply, url: results_of(reply, url, wanted)
+        )
         return results
 
     def submit(
@@ -196,7 +189,7 @@ class Endpoint:
         Cancel the future to give the call up; so does dropping it, unless it has a callback.
         """
         bound = self._bound(deadline)
-        return _Background(self.ainfer(inputs, outputs, config=config, deadline=bound))
+        return Background(self.ainfer(inputs, outputs, config=config, deadline=bound))
 
     def stats(self) -> tuple[ReplicaStats, ...]:
         """How each replica does: its state, requests in flight, failures, and how long its answers take."""
@@ -272,7 +265,7 @@ class Endpoint:
             raise DeadlineExceeded(f"no signature from {self.url} in time: another thread still waits for it")
         try:
             if self._signature is None:
-                self._signature = self._exchange([graphpipe.METADATA_REQUEST], bound, _metadata)
+                self._signature = self._exchange([graphpipe.METADATA_REQUEST], bound, metadata_of)
             return self._signature
         finally:
             self._lock.release()
@@ -286,8 +279,8 @@ class Endpoint:
         return wanted, graphpipe.encode_request(tuple(arrays), list(arrays.values()), names, config)
 
     def _exchange(self, body: Sequence[Buffer], bound: Deadline, read: _Read) -> Any:
-        if self._hedge is not None and not _on_background_loop():
-            return _result_of(_Background[Any](self._aexchange(body, bound, read)))
+        if self._hedge is not None and not on_background_loop():
+            return result_of(Background[Any](self._aexchange(body, bound, read)))
         attempts = _Attempts(self, body, bound, read)
         if self._replicas.unsettled:
             concurrent.futures.wait(self._replicas.look_up(), _most(bound.remaining()))
@@ -330,7 +323,7 @@ class Endpoint:
 
     async def _asend(self, attempts: _Attempts, sending: _Sending) -> Any:
         after_s = self._replicas.delay_s if self._hedge is not None else None
-        if after_s is None or attempts.read is _metadata:
+        if after_s is None or attempts.read is metadata_of:
             return await self._asend_one(attempts, sending)
         tasks = [asyncio.ensure_future(self._asend_one(attempts, sending))]
         try:
@@ -482,7 +475,7 @@ class _Attempts:
             headers = (*headers, ("X-Request-Timeout-Ms", str(max(0, min(int(left_s * 1000), _LONGEST_MS)))))
         retry = endpoint._retry
         call = Call(replica.url, headers, self.body, once=retry.attempts == 1 or not retry.idempotent)
-        return _Sending(endpoint._replicas, replica, call, first=first, measured=self.read is not _metadata)
+        return _Sending(endpoint._replicas, replica, call, first=first, measured=self.read is not metadata_of)
 
     def wait_s(self, sending: _Sending, error: RemoteOpsError) -> float:
         """Seconds until the next sending; raises, in full words, if there is none."""
@@ -546,99 +539,9 @@ async def _first_answer(copies: Sequence[asyncio.Future[Any]]) -> asyncio.Future
                 return best
 
 
-# --------------------------------------------------------------------------- replies
-
-
 def _unwrap(results: dict[str, Array]) -> Any:
     values = tuple(results.values())
     return values[0] if len(values) == 1 else values
-
-
-def _results(reply: Reply, url: str, wanted: Sequence[TensorSpec]) -> dict[str, Array]:
-    response = _read(reply, url, graphpipe.decode_response)
-    if response.errors:
-        raise from_answer(*response.errors[0], endpoint=url)
-    if len(response.tensors) != len(wanted):
-        raise InternalError(f"expected {len(wanted)} outputs, got {len(response.tensors)}", endpoint=url)
-    try:
-        return {
-            spec.name: spec.view(array, kind="output")
-            for spec, array in zip(wanted, response.tensors, strict=True)
-        }  # fmt: skip
-    except SignatureError as error:
-        raise InternalError(f"the answer breaks the model's own signature: {error}", endpoint=url) from error
-
-
-def _metadata(reply: Reply, url: str) -> Signature:
-    return _read(reply, url, graphpipe.decode_metadata)
-
-
-def _read(reply: Reply, url: str, decode: Callable[[Buffer], _T]) -> _T:
-    if not 200 <= reply.status < 300:
-        error = _error_of(reply, url)
-        error.retry_after_s = _retry_after_s(reply.headers.get("retry-after", ""))
-        raise error
-    try:
-        return decode(reply.body)
-    except DecodeError as error:
-        if not reply.body:
-            raise BadStatus(
-                f"{url} answered {reply.status} with an empty body: expected a GraphPipe message", status=reply.status
-            ) from error
-        if _is_text(reply):
-            raise BadStatus(f"{_said(reply, url)}: expected a GraphPipe message", status=reply.status) from error
-        raise DecodeError(
-            f"the answer from {url} is no GraphPipe message: {error.message}", offset=error.offset, limit=error.limit
-        ) from error
-
-
-_BY_STATUS = {429: Overloaded, 502: ModelUnavailable, 503: ModelUnavailable}
-_BY_STATUS_OF_PLAIN_TEXT = {400: InvalidRequest, 404: ModelNotFound, 500: InternalError}
-
-
-def _error_of(reply: Reply, url: str) -> RemoteOpsError:
-    """The exception for a status that is not 2xx: what our servers say in the body, what others say with the status."""
-    try:
-        errors = graphpipe.decode_response(reply.body).errors
-    except DecodeError:
-        errors = []
-    if errors:
-        return from_answer(*errors[0], endpoint=url)
-    said = _said(reply, url)
-    known = _BY_STATUS.get(reply.status)
-    if known is None and reply.headers.get("content-type", "").startswith("text/plain"):
-        known = _BY_STATUS_OF_PLAIN_TEXT.get(reply.status)
-    if known is not None:
-        return known(said, endpoint="")
-    if reply.status == 504:
-        return DeadlineExceeded(said)
-    return BadStatus(said, status=reply.status)
-
-
-def _retry_after_s(text: str) -> float | None:
-    """Seconds from now that a `Retry-After` asks for, which is a number or a date; None without one that is either."""
-    if text.isascii() and text.isdigit():
-        return float(text[:12])
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, OverflowError, TypeError):
-        return None
-
-
-def _said(reply: Reply, url: str) -> str:
-    if 300 <= reply.status < 400:
-        location = reply.headers.get("location", "somewhere").partition("?")[0]
-        return f"{url} answered {reply.status}: it moved to {location!r}; call that"
-    if reply.status in (401, 403):
-        return f"{url} answered {reply.status}: it wants to know who calls; pass headers={{'Authorization': ...}}"
-    text = bytes(reply.body[:400]).decode(errors="replace")
-    words = " ".join(re.sub(r"<[^>]*>", " ", text).split())[:160] if text.isprintable() or _is_text(reply) else ""
-    return f"{url} answered {reply.status}" + (f": {words}" if words else "")
-
-
-def _is_text(reply: Reply) -> bool:
-    content_type = reply.headers.get("content-type", "")
-    return content_type.startswith("text/") or "json" in content_type or "xml" in content_type
 
 
 # --------------------------------------------------------------------------- headers
@@ -699,102 +602,14 @@ def _check_value(name: str, value: str) -> None:
         raise SpecError(f"header '{name}' has a value with a line end or a character beyond ASCII", path="headers")
 
 
-# --------------------------------------------------------------------------- processes and the background loop
+# --------------------------------------------------------------------------- processes
 
 
 _ENDPOINTS: weakref.WeakSet[Endpoint] = weakref.WeakSet()
-_BACKGROUND_LOCK = threading.Lock()
-_background: asyncio.AbstractEventLoop | None = None
-
-
-def background_loop() -> asyncio.AbstractEventLoop:
-    """The one loop that works in the background, in a daemon thread: `submit` runs on it."""
-    global _background
-    with _BACKGROUND_LOCK:
-        if _background is None:
-            _background = new_loop()
-            threading.Thread(target=_background.run_forever, name="remote-ops", daemon=True).start()
-        return _background
-
-
-def _on_background_loop() -> bool:
-    return _background is not None and asyncio._get_running_loop() is _background
-
-
-class _Background(concurrent.futures.Future[_T]):
-    """The future of a coroutine on the background loop: when it is cancelled or dropped, so is the coroutine.
-
-    The loop holds it weakly, but for one with callbacks, which somebody may wait for without holding it.
-    """
-
-    def __init__(self, coroutine: Coroutine[Any, Any, _T]) -> None:
-        super().__init__()
-        self._run = _Run(background_loop(), weakref.ref(self))
-        self._run.loop.call_soon_threadsafe(self._run.begin, coroutine)
-
-    def cancel(self) -> bool:
-        cancelled = super().cancel()
-        if cancelled:
-            self._run.give_up()
-        return cancelled
-
-    def add_done_callback(self, fn: Callable[[concurrent.futures.Future[_T]], object]) -> None:
-        if not self.done():
-            self._run.held = self
-        super().add_done_callback(fn)
-
-    def __del__(self) -> None:
-        if not self.done():
-            self._run.give_up()
-
-
-class _Run:
-    """What the loop knows of a `_Background`."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, future: weakref.ref[_Background[Any]]) -> None:
-        self.loop = loop
-        self.held: _Background[Any] | None = None
-        self._future = future
-        self._task: asyncio.Task[Any] | None = None
-
-    def begin(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        self._task = self.loop.create_task(coroutine)
-        self._task.add_done_callback(self._end)
-
-    def give_up(self) -> None:
-        if self.loop is _background:  # or this is a child, and the loop is its parent's
-            self.loop.call_soon_threadsafe(self._cancel)
-
-    def _cancel(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-
-    def _end(self, task: asyncio.Task[Any]) -> None:
-        future, self.held = self._future(), None
-        error = None if task.cancelled() else task.exception()
-        if future is None:
-            return
-        if task.cancelled():
-            future.cancel()
-        if future.set_running_or_notify_cancel():
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(task.result())
-
-
-def _result_of(future: concurrent.futures.Future[_T]) -> _T:
-    try:
-        return future.result()
-    finally:
-        future.cancel()  # Ctrl-C ends the wait
 
 
 def _after_fork() -> None:
     """A lock held by another thread at the fork stays held in the child, and that thread is gone: start anew."""
-    global _BACKGROUND_LOCK, _background
-    _BACKGROUND_LOCK = threading.Lock()
-    _background = None
     for endpoint in tuple(_ENDPOINTS):
         endpoint._after_fork()
 

@@ -518,7 +518,7 @@ def test_copies_stay_within_their_budget_when_everything_is_slow() -> None:
 
 
 def test_a_hedged_call_made_on_the_background_loop_does_not_wait_for_itself() -> None:
-    from remote_ops.client import background_loop
+    from remote_ops.background import background_loop
 
     async def call() -> None:
         infer(endpoint)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from remote_ops.client import background_loop
+from remote_ops.background import background_loop
 from remote_ops.deadline import Deadline, ambient
 from remote_ops.errors import DeadlineExceeded, SpecError
 

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from remote_ops.client import Endpoint, background_loop
+from remote_ops.background import background_loop
+from remote_ops.client import Endpoint
 from remote_ops.deadline import Deadline, ambient
 from remote_ops.errors import NotDifferentiable, SignatureError, SpecError
 from remote_ops.servable import Servable
