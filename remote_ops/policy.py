@@ -54,7 +54,8 @@ class Retry:
             to be closed is replaced, once, within a sending.
         base_s: the longest wait before the second sending, in seconds; it doubles each time.
         max_s: the longest wait before any sending, in seconds, unless the server asks for a longer one.
-        idempotent: False if a call must not happen twice: then it is sent again only if no connection was made.
+        idempotent: False if a call must not happen twice: then it is sent again only if no connection was made, and by
+            an op of TensorFlow not even then.
         budget: sendings beyond the first that all calls of an endpoint may take together, as a share of the calls; 0
             or more. The first ten, and one a second, are lent. Where no connection was made, another replica is free.
 

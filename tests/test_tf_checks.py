@@ -389,7 +389,7 @@ LASTING = ("400", "400-text", "404", "500", "501", "504", "html", "dtype", "shap
 @pytest.mark.parametrize("fault", PASSING)
 def test_what_passes_is_tried_until_it_works_and_once_where_one_attempt_is_allowed(fault: str, form: str) -> None:
     run = IN_PROCESS[form]
-    for retry, calls in ((Retry(), 3), (Retry(attempts=2), 2), (ONE, 1)):
+    for retry, calls in ((Retry(), 3), (Retry(attempts=2), 2), (ONE, 1), (Retry(idempotent=False), 1)):
         seen: list[Message] = []
         with peer(failing_twice(PASSING[fault], seen)) as server:
             call = lambda x, url=server.url, retry=retry: ask(url, x, retry=retry)  # noqa: E731
