@@ -329,7 +329,7 @@ class Endpoint:
         try:
             since, left_s = time.monotonic(), after_s
             while left_s >= 0 and not tasks[0].done():  # uvloop counts whole milliseconds, and so may be early
-                await asyncio.wait(tasks, timeout=left_s)
+                await asyncio.wait(tasks, timeout=_most(left_s))
                 left_s = since + after_s - time.monotonic()
             second = None if tasks[0].done() else attempts.second()
             if second is None:

@@ -509,6 +509,14 @@ def test_a_copy_that_fails_leaves_the_first_to_answer(way: Any) -> None:
         assert in_flight(endpoint) == 0
 
 
+@pytest.mark.parametrize("after_s", [1e9, float("inf")])
+def test_a_copy_may_be_put_off_for_ever(after_s: float) -> None:
+    with replicas(good, hedge=Hedge(after_s=after_s)) as (endpoint, _):
+        infer(endpoint, 5)
+        ainfer(endpoint, 5)
+        assert endpoint.stats()[0].sent == 10
+
+
 def test_copies_stay_within_their_budget_when_everything_is_slow() -> None:
     slow = Counted(lambda conversation, request: (time.sleep(0.005), conversation.answer(ANSWER))[1])
     with replicas(slow, slow, hedge=Hedge(after_s=0.0)) as (endpoint, _):
