@@ -26,14 +26,15 @@ _PIECE_BYTES = 1 << 16
 _TICK_S = 0.005
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
 
-How = Literal["reset", "close", "silence"]
+How = Literal["reset", "close", "silence", "stall"]
 
 
 class End(NamedTuple):
     """How an exchange ends before it should, and where: once `at` bytes of a part of it have passed.
 
-    `reset` is a TCP reset, `close` a FIN, `silence` leaves the connection open and says no more. `at` counts from the
-    end if it is below zero, which a request cannot; None is all of it.
+    `reset` is a TCP reset, `close` a FIN; `silence` leaves the connection open and says no more, and `stall` does not
+    read either until the fault is lifted. `at` counts from the end if it is below zero, which a request cannot; None is
+    all of it.
     """
 
     how: How
@@ -268,6 +269,8 @@ class Proxy:
             raise _Over
         if how == "close":
             client.shutdown(socket.SHUT_WR)
+        while how == "stall" and self._fault.end and self._fault.end.how == how:
+            await asyncio.sleep(_TICK_S)
         while await self._loop.sock_recv(client, _PIECE_BYTES):  # to close on unread bytes would be a reset
             pass
         raise _Over
