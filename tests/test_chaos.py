@@ -416,6 +416,7 @@ CELLS: dict[str, Cell] = {
     "reset after": fine(end=End("reset", "body")),
     "cut before": lost(WAITING, 3, "close", "request", 0),
     "cut in the request": lost(WAITING, 3, "close", "request", 40),
+    "cut in a large request": lost("", 3, "close", "request", 1 << 17, x=LARGE),
     "cut before the answer": lost(WAITING, 3, "close", "head", 0),
     "cut in the head": lost(READING, 2, "close", "head", 20),
     "cut in the body": lost(READING, 2, "close", "body", 20),
@@ -466,9 +467,9 @@ def works(caller: str, call: Call, proxy: Proxy) -> None:
     assert until(lambda: 1 <= proxy.open <= MOST_KEPT.get(caller, 1))
 
 
-@pytest.mark.parametrize(("name", "caller"), cells(CELLS))
+@pytest.mark.parametrize(("name", "caller"), cells(CELLS, {*LEFT_OUT, ("cut in a large request", "numpy-ainfer")}))
 def test_a_fault_is_the_right_error_in_time_and_the_next_call_works(
-    name: str, caller: str, proxy: Proxy, times: list[Timed]
+    name: str, caller: str, proxy: Proxy, times: list[Timed], caplog: pytest.LogCaptureFixture
 ) -> None:
     cell = CELLS[name]
     with CALLERS[caller](proxy.url, timeout_s=cell.timeout_s, retry=TWO) as call:
@@ -490,8 +491,9 @@ def test_a_fault_is_the_right_error_in_time_and_the_next_call_works(
         proxy.fault = Fault()
         assert until(lambda: proxy.open <= MOST_KEPT.get(caller, 1))
         works(caller, call, proxy)
-    if not caller.startswith("tf"):  # which keeps its connections for as long as the process lives
+    if caller not in TF:  # which keeps its connections for as long as the process lives
         assert until(lambda: proxy.open == 0)
+    assert [record.getMessage() for record in caplog.records if record.name in ("asyncio", "server_ref")] == []
 
 
 @pytest.mark.parametrize(("name", "caller"), cells(LOST))
@@ -507,7 +509,9 @@ def test_a_connection_that_is_lost_once_too_little_is_not_seen(name: str, caller
 
 
 # Where the connection ends while much is sent, curl sends the head once more, and then gives up.
-SENT_ONCE = cells(LOST, {*LEFT_OUT, *(("reset in a large request", caller) for caller in TF)})
+SENT_ONCE = cells(
+    LOST, {*LEFT_OUT, *((f"{how} in a large request", caller) for how in ("reset", "cut") for caller in TF)}
+)
 
 
 @pytest.mark.parametrize(("name", "caller"), SENT_ONCE)
