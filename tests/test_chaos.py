@@ -527,8 +527,11 @@ def test_what_may_be_sent_once_is_sent_once(name: str, caller: str, proxy: Proxy
         works(caller, call, proxy)
 
 
-@pytest.mark.parametrize("retry", [TWO, ONCE], ids=["retried", "once"])
-@pytest.mark.parametrize("caller", CALLERS)
+# A loop that has not run since does not know that a connection ended: what it sends there once may be lost.
+MEANWHILE = [(TWO, caller) for caller in CALLERS] + [(ONCE, caller) for caller in CALLERS if caller != "numpy-ainfer"]
+
+
+@pytest.mark.parametrize(("retry", "caller"), MEANWHILE)
 @pytest.mark.parametrize("how", ["reset", "close"])
 def test_a_kept_connection_that_ended_meanwhile_is_not_seen(how: Any, caller: str, retry: Retry, proxy: Proxy) -> None:
     with CALLERS[caller](proxy.url, timeout_s=20.0, retry=retry) as call:
