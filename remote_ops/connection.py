@@ -403,6 +403,7 @@ class AsyncConnection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = exc or ConnectionResetError("closed by the peer")
+        self._transport = None  # it is closed: asyncio would end what is aborted now a second time
         self._fail(Stale() if self.used and self._reader.idle else lost(self.url, exc, self.phase))
 
     def pause_writing(self) -> None:

@@ -979,7 +979,9 @@ LOOKUPS = r"""
 int getaddrinfo(const char *node, const char *service, const struct addrinfo *hints, struct addrinfo **found) {
   int (*real)(const char *, const char *, const struct addrinfo *, struct addrinfo **);
   real = dlsym(RTLD_NEXT, "getaddrinfo");
-  if (node == NULL || strstr(node, ".test") == NULL) return real(node, service, hints, found);
+  // Whoever takes only numbers asks no name server.
+  int numbers = hints && hints->ai_flags & AI_NUMERICHOST;
+  if (node == NULL || !strstr(node, ".test") || numbers) return real(node, service, hints, found);
   FILE *log = fopen(getenv("LOOKUPS"), "a");
   fprintf(log, "%s\n", node);
   fclose(log);

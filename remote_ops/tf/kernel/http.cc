@@ -178,6 +178,9 @@ Failure Judge(Call* call) {
   curl_easy_getinfo(call->easy, CURLINFO_RESPONSE_CODE, &status);
   curl_easy_getinfo(call->easy, CURLINFO_CONTENT_TYPE, &found);
   const std::string type = Lower(found ? found : "");
+  if (!call->has_head) {
+    return Passing(kUnavailable, "the connection ended while receiving the answer (within its head) - at " + call->url().text);
+  }
   if (status < 200 || status >= 300) return OfStatus(*call, status, type);
   const std::string& url = call->url().text;
   try {
@@ -275,6 +278,14 @@ int Rewind(void* context, curl_off_t offset, int origin) {
   if (offset != 0 || origin != SEEK_SET || (call->policy().attempts == 1 && (call->piece || call->offset))) return CURL_SEEKFUNC_FAIL;
   call->piece = call->offset = 0;
   return CURL_SEEKFUNC_OK;
+}
+
+// curl takes a connection that ends within the head of an answer for the end of an answer without a body.
+size_t TakeHead(char* from, size_t size, size_t count, void* context) {
+  const std::string_view line(from, size * count);
+  bool* has_head = &static_cast<Call*>(context)->has_head;
+  *has_head = (*has_head && line.substr(0, 5) != "HTTP/") || line == "\r\n" || line == "\n";
+  return line.size();
 }
 
 size_t TakeBody(char* from, size_t size, size_t count, void* context) {
@@ -512,6 +523,7 @@ class Loop {
     call->piece = call->offset = 0;
     call->body->Clear();
     call->curl_error[0] = 0;
+    call->has_head = false;
     SetOptions(call.get());
     running_[call->easy] = call;
     if (curl_multi_add_handle(multi_, call->easy) == CURLM_OK) return {};
@@ -571,6 +583,8 @@ class Loop {
     curl_easy_setopt(easy, CURLOPT_SEEKDATA, call);
     curl_easy_setopt(easy, CURLOPT_WRITEFUNCTION, TakeBody);
     curl_easy_setopt(easy, CURLOPT_WRITEDATA, call);
+    curl_easy_setopt(easy, CURLOPT_HEADERFUNCTION, TakeHead);
+    curl_easy_setopt(easy, CURLOPT_HEADERDATA, call);
     if (!url.unix_path.empty()) {
       curl_easy_setopt(easy, CURLOPT_OPENSOCKETFUNCTION, OpenUnix);
       curl_easy_setopt(easy, CURLOPT_OPENSOCKETDATA, call);

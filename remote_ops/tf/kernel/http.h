@@ -143,7 +143,7 @@ struct Call {
   curl_slist* resolved = nullptr;
   uint64_t body_bytes = 0;
   size_t piece = 0, offset = 0;
-  bool too_large = false;
+  bool too_large = false, has_head = false;
   char curl_error[CURL_ERROR_SIZE] = {};
   const Url& url() const { return (*urls)[place]; }
   const Policy& policy() const { return target->policy; }
