@@ -1,6 +1,6 @@
 """`Endpoint`: a model that lives at a URL, called like a function; blocking, awaited, or handed to the background.
 
-It joins signature, codec, policy and transport, and writes none of them: names, dtypes and shapes are checked before a
+It joins signature, wire, policy and transport, and writes none of them: names, dtypes and shapes are checked before a
 byte is sent, and every reply is checked before anybody sees it.
 
 Constant: addresses, headers, timeout, policies. Changing: the signature, fetched once under `_lock`; the numbers of the
@@ -24,12 +24,11 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy.typing as npt
 
-from remote_ops import graphpipe
 from remote_ops.addresses import awaited
 from remote_ops.background import Background, on_background_loop, result_of
 from remote_ops.deadline import Deadline, ambient
@@ -40,16 +39,14 @@ from remote_ops.errors import (
 )
 from remote_ops.policy import Breaker, Hedge, Retry
 from remote_ops.replicas import Replica, Replicas, ReplicaStats
-from remote_ops.replies import metadata_of, results_of
-from remote_ops.signature import Signature, TensorSpec
-from remote_ops.transport import Call, HttpTransport, Reply, Transport
+from remote_ops.signature import Signature
+from remote_ops.transport import Call, HttpTransport, Transport
 from remote_ops.url import TLS, Url
+from remote_ops.wire import Ask, wire_of
 
 __all__ = ["Endpoint"]
 
 Array = npt.NDArray[Any]
-Buffer: TypeAlias = "bytes | bytearray | memoryview"
-_T = TypeVar("_T")
 
 
 class Endpoint:
@@ -57,7 +54,8 @@ class Endpoint:
 
     Args:
         url: `http://`, `https://` or `http+unix://%2Fpath.sock/model`; a list of them for replicas. A host name with
-            several addresses stands for as many replicas, unless the transport is yours.
+            several addresses stands for as many replicas, unless the transport is yours. A path that ends in
+            `/v2/models/NAME` or `/v2/models/NAME/versions/V` is spoken to by the Open Inference Protocol.
         timeout_s: seconds that a call may take in all, retries included, unless it or its surroundings say less.
         headers: sent with every request. A value may name environment variables as `${NAME}`; they are read at each
             call. A literal value is taken for a secret: it is neither shown nor pickled.
@@ -88,6 +86,7 @@ class Endpoint:
         Deadline.after(timeout_s)
         self._urls = tuple(Url.parse(text) for text in urls)
         _check_arguments(self._urls, headers, tls, transport, retry, hedge, breaker)
+        self._wire = wire_of(self._urls)
         self.timeout_s = timeout_s
         self._headers = _Headers(headers or {})
         self._retry = retry
@@ -154,8 +153,12 @@ class Endpoint:
         """
         bound = self._bound(deadline)
         signature = self._signature or self._fetch_signature(bound)
-        wanted, body = self._prepare(signature, inputs, outputs, config)
-        results: dict[str, Array] = self._exchange(body, bound, lambda reply, url: results_of(reply, url, wanted))
+        ask = self._prepare(signature, inputs, outputs, config)
+        results: dict[str, Array]
+        try:
+            results = self._exchange(ask, bound)
+        except RemoteOpsError as error:
+            results = self._exchange(ask.plainer(error), bound)
         return results
 
     async def ainfer(
@@ -169,11 +172,13 @@ class Endpoint:
         """The same on the running loop; cancelling it closes the connection it waits on."""
         bound = self._bound(deadline)
         if self._signature is None:  # several at once may ask; the answers are alike
-            self._signature = await self._aexchange([graphpipe.METADATA_REQUEST], bound, metadata_of)
-        wanted, body = self._prepare(self._signature, inputs, outputs, config)
-        results: dict[str, Array] = await self._aexchange(
-            body, bound, lambda reply, url: results_of(reply, url, wanted)
-        )
+            self._signature = await self._aexchange(self._wire.metadata(), bound)
+        ask = self._prepare(self._signature, inputs, outputs, config)
+        results: dict[str, Array]
+        try:
+            results = await self._aexchange(ask, bound)
+        except RemoteOpsError as error:
+            results = await self._aexchange(ask.plainer(error), bound)
         return results
 
     def submit(
@@ -218,6 +223,7 @@ class Endpoint:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._wire = wire_of(self._urls)
         self._start()
 
     def describe(self) -> dict[str, Any] | None:
@@ -265,23 +271,21 @@ class Endpoint:
             raise DeadlineExceeded(f"no signature from {self.url} in time: another thread still waits for it")
         try:
             if self._signature is None:
-                self._signature = self._exchange([graphpipe.METADATA_REQUEST], bound, metadata_of)
+                self._signature = self._exchange(self._wire.metadata(), bound)
             return self._signature
         finally:
             self._lock.release()
 
     def _prepare(
         self, signature: Signature, inputs: Mapping[str, Any], outputs: Sequence[str] | None, config: bytes
-    ) -> tuple[tuple[TensorSpec, ...], list[Buffer]]:
+    ) -> Ask:
         arrays = signature.fit_inputs(inputs, at=self.url)
-        wanted = signature.select_outputs(outputs, at=self.url)
-        names = tuple([spec.name for spec in wanted])
-        return wanted, graphpipe.encode_request(tuple(arrays), list(arrays.values()), names, config)
+        return self._wire.infer(arrays, signature.select_outputs(outputs, at=self.url), config)
 
-    def _exchange(self, body: Sequence[Buffer], bound: Deadline, read: _Read) -> Any:
+    def _exchange(self, ask: Ask, bound: Deadline) -> Any:
         if self._hedge is not None and not on_background_loop():
-            return result_of(Background[Any](self._aexchange(body, bound, read)))
-        attempts = _Attempts(self, body, bound, read)
+            return result_of(Background[Any](self._aexchange(ask, bound)))
+        attempts = _Attempts(self, ask, bound)
         if self._replicas.unsettled:
             concurrent.futures.wait(self._replicas.look_up(), _most(bound.remaining()))
         sending = attempts.first()
@@ -289,7 +293,7 @@ class Endpoint:
             sending.begin()
             try:
                 reply = self._transport.exchange(sending.call, bound)
-                result = read(reply, sending.call.url.text)
+                result = ask.read(reply, sending.call.url.text)
             except RemoteOpsError as error:
                 sending.failed(error)
                 wait_s = attempts.wait_s(sending, error)
@@ -302,8 +306,8 @@ class Endpoint:
             time.sleep(wait_s)
             sending = attempts.again()
 
-    async def _aexchange(self, body: Sequence[Buffer], bound: Deadline, read: _Read) -> Any:
-        attempts = _Attempts(self, body, bound, read)
+    async def _aexchange(self, ask: Ask, bound: Deadline) -> Any:
+        attempts = _Attempts(self, ask, bound)
         if self._replicas.unsettled:
             lookups = asyncio.gather(*map(awaited, self._replicas.look_up()), return_exceptions=True)
             with contextlib.suppress(asyncio.TimeoutError):
@@ -323,7 +327,7 @@ class Endpoint:
 
     async def _asend(self, attempts: _Attempts, sending: _Sending) -> Any:
         after_s = self._replicas.delay_s if self._hedge is not None else None
-        if after_s is None or attempts.read is metadata_of:
+        if after_s is None or not attempts.ask.runs:
             return await self._asend_one(attempts, sending)
         tasks = [asyncio.ensure_future(self._asend_one(attempts, sending))]
         try:
@@ -348,7 +352,7 @@ class Endpoint:
         sending.begin()
         try:
             reply = await self._transport.aexchange(sending.call, attempts.bound)
-            result = attempts.read(reply, sending.call.url.text)
+            result = attempts.ask.read(reply, sending.call.url.text)
         except RemoteOpsError as error:
             sending.failed(error)
             raise _Failed(sending, error) from error
@@ -394,9 +398,6 @@ def _most(left_s: float) -> float:
 # --------------------------------------------------------------------------- the sendings of a call
 
 
-_Read: TypeAlias = "Callable[[Reply, str], Any]"
-
-
 class _Failed(Exception):
     """A sending ended with an error; never reaches a caller."""
 
@@ -436,13 +437,12 @@ class _Sending:
 class _Attempts:
     """The sendings of one call: which replica next, when, and what an error means for it."""
 
-    __slots__ = ("_next", "body", "bound", "endpoint", "number", "read", "since", "told", "tried")
+    __slots__ = ("_next", "ask", "bound", "endpoint", "number", "since", "told", "tried")
 
-    def __init__(self, endpoint: Endpoint, body: Sequence[Buffer], bound: Deadline, read: _Read) -> None:
+    def __init__(self, endpoint: Endpoint, ask: Ask, bound: Deadline) -> None:
         self.endpoint = endpoint
-        self.body = body
+        self.ask = ask
         self.bound = bound
-        self.read = read
         self.number = 0
         self.tried: list[Replica] = []
         self.told: dict[Replica, str] = {}
@@ -464,7 +464,7 @@ class _Attempts:
 
     def _sending(self, replica: Replica) -> _Sending:
         endpoint = self.endpoint
-        headers = endpoint._headers.resolve()
+        headers = (*endpoint._headers.resolve(), *self.ask.headers)
         left_s = self.bound.remaining()
         if left_s <= 0:
             raise DeadlineExceeded(f"no time left to call {replica.url.text}: the deadline passed {-left_s:.3f} s ago")
@@ -474,8 +474,9 @@ class _Attempts:
         if left_s < math.inf:
             headers = (*headers, ("X-Request-Timeout-Ms", str(max(0, min(int(left_s * 1000), _LONGEST_MS)))))
         retry = endpoint._retry
-        call = Call(replica.url, headers, self.body, once=retry.attempts == 1 or not retry.idempotent)
-        return _Sending(endpoint._replicas, replica, call, first=first, measured=self.read is not metadata_of)
+        once = retry.attempts == 1 or not retry.idempotent
+        call = Call(self.ask.aim(replica.url), headers, self.ask.body, once=once)
+        return _Sending(endpoint._replicas, replica, call, first=first, measured=self.ask.runs)
 
     def wait_s(self, sending: _Sending, error: RemoteOpsError) -> float:
         """Seconds until the next sending; raises, in full words, if there is none."""

@@ -145,7 +145,7 @@ class FramingError(TransportError):
 
 
 class BadStatus(TransportError):
-    """An HTTP status other than 2xx, or a 2xx whose body is no GraphPipe message; `.status` is its number."""
+    """An HTTP status other than 2xx, or a 2xx whose body is no message of the protocol; `.status` is its number."""
 
     def __init__(self, message: str, *, status: int) -> None:
         super().__init__(message)

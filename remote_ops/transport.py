@@ -45,7 +45,7 @@ Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 
 class Call(NamedTuple):
-    """One POST: where to, which headers beyond the usual, and the body as buffers to be sent in order.
+    """One request: where to, which headers beyond the usual, and the body as buffers to be sent in order.
 
     A kept connection may turn out to be closed only once the request is on its way; then it is sent once more on a new
     one, unless it is to be sent `once`.
@@ -295,13 +295,14 @@ class RequestsTransport:
             raise SpecError(f"requests knows no unix sockets: got {call.url.text}", path="transport")
         since = time.monotonic()
         left = seconds_left(deadline, CONNECTING, since)
-        headers = {"Content-Type": "application/octet-stream", "User-Agent": USER_AGENT, **dict(call.headers)}
+        headers = {"Content-Type": call.url.content_type or None, "User-Agent": USER_AGENT, **dict(call.headers)}
         try:
             # A redirect would turn the POST into a GET.
             sent, body = b"".join(call.body), bytearray()
-            answer = self._session.post(
-                call.url.full, data=sent, headers=headers, timeout=left, allow_redirects=False, stream=True
-            )
+            answer = self._session.request(
+                call.url.method, call.url.full,
+                data=sent, headers=headers, timeout=left, allow_redirects=False, stream=True,
+            )  # fmt: skip
             with answer:
                 for piece in answer.iter_content(1 << 16):
                     body += piece

@@ -17,11 +17,12 @@ from remote_ops.errors import SpecError
 __all__ = ["TLS", "USER_AGENT", "Url"]
 
 USER_AGENT = "remote-ops/0.1"
+_PLACE = re.compile(r"[^:]*://([^/?#]*)")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 class Url(NamedTuple):
-    """Where a request goes. `host` and `port` are empty for a unix socket, `unix_path` for all others.
+    """Where a request goes, and how. `host` and `port` are empty for a unix socket, `unix_path` for all others.
 
     `text` is for messages: a query, which may hold a secret, is left out of it; `full` is what was given. `address` is
     the one of the host's that is meant; empty for any of them.
@@ -36,6 +37,8 @@ class Url(NamedTuple):
     target: str
     prefix: bytes
     address: str = ""
+    method: str = "POST"
+    content_type: str = "application/octet-stream"
 
     def at(self, address: str) -> Url:
         """The same URL at one address of its host."""
@@ -83,13 +86,25 @@ class Url(NamedTuple):
             raise SpecError(f"a URL without a host: {text!r}", path="url")
         return cls(text, full, parts.scheme, parts.hostname, port, "", target, _prefix(target, parts.netloc))
 
+    def below(self, suffix: str, method: str, content_type: str) -> Url:
+        """The same server with something after the path, for another method and type of body (none: no body).
 
-def _prefix(target: str, host: str) -> bytes:
+        Messages call it what they call this one.
+        """
+        path, mark, query = self.target.partition("?")
+        target = f"{path.rstrip('/')}{suffix}{mark}{query}"
+        place = _PLACE.match(self.full)
+        before, host = (place[0], place[1]) if place else ("", self.host)
+        prefix = _prefix(target, "localhost" if self.unix_path else host, method, content_type)
+        return self._replace(
+            full=before + target, target=target, prefix=prefix, method=method, content_type=content_type
+        )
+
+
+def _prefix(target: str, host: str, method: str = "POST", content_type: str = "application/octet-stream") -> bytes:
+    kind = f"Content-Type: {content_type}\r\n" if content_type else ""
     try:
-        return (
-            f"POST {target} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: {USER_AGENT}\r\n"
-            "Content-Type: application/octet-stream\r\n"
-        ).encode("ascii")
+        return f"{method} {target} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: {USER_AGENT}\r\n{kind}".encode("ascii")
     except UnicodeEncodeError as error:
         raise SpecError(f"a URL is ASCII: quote {target!r} or {host!r} first", path="url") from error
 

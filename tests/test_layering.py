@@ -23,6 +23,7 @@ ROOMS = (
     ("connection", "replicas"),
     ("transport", "background"),
     ("replies",),
+    ("wire",),
     ("client",),
     ("servable",),
     ("torch", "tf", "onnx"),
