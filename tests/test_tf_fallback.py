@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rawoip import Model, doubling, sides
 from rawpeer import Conversation, Message, peer, unreachable
 from tfpeer import MATRIX, ROOT, echo, mix, scaled
 
@@ -369,3 +370,28 @@ def test_a_process_without_a_compiler_calls_all_the_same(served: Callable[[str],
     )  # fmt: skip
     assert done.stdout.strip() == "(2, 4)", done.stderr[-2000:]
     assert done.stderr.count("FallbackWarning") == 1
+
+
+# --------------------------------------------------------------------------- the Open Inference Protocol
+
+
+def test_a_model_of_the_open_inference_protocol_is_called_by_python_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    fallback._warn.cache_clear()
+    with (
+        peer(Model(sides("FP32", differentiable=True), doubling)) as server,
+        warnings.catch_warnings(record=True) as told,
+    ):
+        warnings.simplefilter("always")
+        url = server.url.removesuffix("/m") + "/v2/models/m"
+        monkeypatch.setenv("REMOTE_OPS_TEST_URL", url)
+        x = tf.ones([3, 2])
+        for where in ({"uri": url}, {"uri": None, "endpoint": "REMOTE_OPS_TEST_URL"}):
+            for call in (remote_op, tf.function(remote_op)):
+                with tf.GradientTape() as tape:
+                    tape.watch(x)
+                    y = call(inp=x, **where)
+                assert y.numpy().tolist() == [[2, 2]] * 3
+                assert tape.gradient(y, x).numpy().tolist() == [[2, 2]] * 3
+    (warning,) = [one for one in told if one.category is FallbackWarning]
+    for words in ("the compiled op speaks GraphPipe", "SavedModel", "server_ref.serve"):
+        assert words in str(warning.message)

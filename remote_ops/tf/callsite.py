@@ -22,7 +22,7 @@ from remote_ops.tf.client import Client
 from remote_ops.tf.rawop import has_kernel, load_ops, unless_failed, vjp_parts
 from remote_ops.url import TLS
 
-__all__ = ["CallSite", "Status", "call", "dtype_of", "handle_of", "shape_of"]
+__all__ = ["CallSite", "Status", "by_kernel", "call", "dtype_of", "handle_of", "shape_of"]
 
 Tensor = Any  # tf.Tensor: tensorflow has no types that mypy reads
 
@@ -53,6 +53,15 @@ def dtype_of(spec: TensorSpec) -> tf.DType:
 def shape_of(spec: TensorSpec) -> tf.TensorShape:
     """The tensorflow shape of a spec."""
     return tf.TensorShape(None if spec.shape is None else [None if size == -1 else size for size in spec.shape])
+
+
+def by_kernel(client: Client) -> bool:
+    """Whether the compiled op makes the call: it speaks GraphPipe only, and Python code does what it cannot.
+
+    Raises:
+        BuildError: the compiler failed.
+    """
+    return not client.speaks_oip and has_kernel()
 
 
 def handle_of(client: Client, *, pure: bool) -> Tensor:
@@ -106,7 +115,7 @@ def call(
             overloaded), InvalidArgument, NotFound, Unimplemented (no gradient), Internal; with the URL and the words of
             the server.
     """
-    if not has_kernel():
+    if not by_kernel(client):
         fallback: Any = importlib.import_module("remote_ops.tf.fallback")
         outputs, code, message = fallback.call(
             client, inputs, input_names, output_names, output_types, output_shapes, config,
@@ -213,7 +222,7 @@ class CallSite:
         if not tf.executing_eagerly():
             with tf.name_scope("remote_op"):
                 return self._in_graph(tensors, timeout_s)
-        if not has_kernel():
+        if not by_kernel(self.client):
             return self._in_graph(tensors, _bounded(timeout_s))
         outputs, code, message = self._call(tensors, _bounded(timeout_s), self._eager_handle)
         return outputs, Status(code, message)
@@ -287,7 +296,7 @@ class CallSite:
         if not wanted:
             return found
         # Made outside of what is conditional: the call is then no stateful part of it, and others need not wait.
-        handle = handle_of(self.client, pure=self.pure) if has_kernel() else None
+        handle = handle_of(self.client, pure=self.pure) if by_kernel(self.client) else None
 
         def ask() -> list[Tensor]:
             gradients, _, _ = call(

@@ -7,6 +7,7 @@ State: the last signatures, for half a minute each, in `_SIGNATURES`, which has 
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import threading
@@ -22,6 +23,7 @@ from remote_ops.errors import RemoteOpsError, SpecError
 from remote_ops.policy import Retry
 from remote_ops.signature import Signature
 from remote_ops.url import TLS, Url
+from remote_ops.wire import speaks_oip
 
 __all__ = ["Client", "Kept", "check_length"]
 
@@ -186,6 +188,11 @@ class Client:
         return Url.parse(self.urls[0]).text if self.endpoint is None else f"${self.endpoint}"
 
     @property
+    def speaks_oip(self) -> bool:
+        """Whether the model is spoken to by the Open Inference Protocol, as far as the URLs are known now."""
+        return _speaks_oip(self.urls if self.endpoint is None else tuple(os.environ.get(self.endpoint, "").split()))
+
+    @property
     def signature(self) -> Signature:
         """What the model takes and gives; asked of the server, and kept for half a minute.
 
@@ -223,6 +230,14 @@ class Client:
     def as_endpoint(self) -> Endpoint:
         """An endpoint at the URLs as they are now; the network is not touched."""
         return Endpoint(list(self.places), self.timeout_s, dict(self.headers), self.tls, self.retry)
+
+
+@functools.lru_cache(maxsize=256)
+def _speaks_oip(urls: tuple[str, ...]) -> bool:
+    try:
+        return any(speaks_oip(Url.parse(url)) for url in urls)
+    except SpecError:  # a variable may hold anything now, and a URL when the model is called
+        return False
 
 
 def check_length(name: str, length: float | None) -> None:

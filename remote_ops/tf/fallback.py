@@ -1,4 +1,6 @@
-"""What stands in for the compiled op where no C++ compiler is: the same call by Python code in the graph.
+"""What stands in for the compiled op: the same call by Python code in the graph.
+
+It does where no C++ compiler is, and for models of the Open Inference Protocol, which the op does not speak.
 
 It gives the same answers and the same errors. It cannot be saved for another process, runs as many calls of a
 `tf.function` at once as TensorFlow has threads between ops, and does not end a call that is cancelled.
@@ -45,7 +47,7 @@ Tensor = Any  # tf.Tensor: tensorflow has no types that mypy reads
 
 
 class FallbackWarning(UserWarning):
-    """No C++ compiler is here, so remote ops run as Python code; says what that cannot do."""
+    """Remote ops run as Python code, since no C++ compiler is here or for their protocol; says what that cannot do."""
 
 
 def call(
@@ -74,9 +76,9 @@ def call(
         tf.errors.OpError: when it runs; the classes of the compiled op.
 
     Warns:
-        FallbackWarning: once per process.
+        FallbackWarning: once per process and reason.
     """
-    _warn()
+    _warn(oip=client.speaks_oip)
     site = _Site.of(client, inputs, input_names, output_names, output_types, output_shapes, config)
     run = _run_eagerly if tf.executing_eagerly() else _run_in_graph
     raises = on_error == "raise"
@@ -98,15 +100,26 @@ def _no_second_derivative(*_: Any) -> Any:
 
 
 @functools.cache
-def _warn() -> None:
+def _warn(*, oip: bool) -> None:
+    why, instead = _OIP if oip else _NO_COMPILER
     warnings.warn(
-        "there is no C++ compiler here, so remote ops run as Python code in the graph: a SavedModel of them cannot be "
-        "loaded by another process, the calls of one tf.function run one or two at a time, and a cancelled call runs "
-        "on to its end; install g++ (apt-get install g++), or bring a library that 'python -m remote_ops.tf.build' "
-        "built for the same TensorFlow, in $REMOTE_OPS_CACHE/ops",
+        f"{why}, so remote ops run as Python code in the graph: a SavedModel of them cannot be loaded by another "
+        "process, the calls of one tf.function run one or two at a time, and a cancelled call runs on to its end; "
+        + instead,
         FallbackWarning,
         stacklevel=3,
     )
+
+
+_NO_COMPILER = (
+    "there is no C++ compiler here",
+    "install g++ (apt-get install g++), or bring a library that 'python -m remote_ops.tf.build' built for the same "
+    "TensorFlow, in $REMOTE_OPS_CACHE/ops",
+)
+_OIP = (
+    "the compiled op speaks GraphPipe, and this URL means the Open Inference Protocol",
+    "for what that lacks, call a server_ref that serves the model: server_ref.serve({'m': load(url)})",
+)
 
 
 # --------------------------------------------------------------------------- in TensorFlow

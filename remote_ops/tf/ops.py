@@ -17,9 +17,9 @@ import tensorflow as tf
 from remote_ops.deadline import Deadline, within
 from remote_ops.errors import SignatureError, SpecError
 from remote_ops.policy import Retry
-from remote_ops.tf.callsite import CallSite, Status, call, dtype_of, shape_of
+from remote_ops.tf.callsite import CallSite, Status, by_kernel, call, dtype_of, shape_of
 from remote_ops.tf.client import Client, Kept, check_length
-from remote_ops.tf.rawop import has_kernel, load_ops
+from remote_ops.tf.rawop import load_ops
 from remote_ops.tf.unwrapped import unwrapped
 from remote_ops.url import TLS
 
@@ -142,7 +142,7 @@ def _ask(
                 raise
     # What a call takes in all bounds the request for metadata: call sites are alike whatever that is.
     client = Client.of(uri, headers, retry, tls=tls, timeout_s=math.inf, endpoint=endpoint)
-    has_kernel()  # builds it, which takes nothing of the call's time
+    by_kernel(client)  # builds it, which takes nothing of the call's time
 
     def made() -> CallSite:
         site = CallSite.of(
