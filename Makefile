@@ -1,6 +1,7 @@
 # Needs python3 and make; everything else goes into .venv.
 PYTHON ?= python3
 VENV   := .venv
+PEERS  := .venv-peers
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip -qq --disable-pip-version-check install
 PACKAGES := remote_ops ensemble server_ref
@@ -27,6 +28,13 @@ $(VENV)/.dev: $(VENV)/.run requirements-dev.txt requirements-peers.txt
 	@echo "== adding to $(VENV) what the tests and checks need"
 	@$(PIP) -c constraints.txt -r requirements-dev.txt -e '.[torch,tf-cpu,onnx,server]'
 	@$(PIP) --no-deps -r requirements-peers.txt
+	@touch $@
+
+# Not in $(VENV), and only for the tests of peers: KServe pins much, and brings half a gigabyte.
+$(PEERS)/.done: requirements-peers-oip.txt
+	@echo "== creating $(PEERS): KServe and tritonclient (a minute the first time)"
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip -qq --disable-pip-version-check install -r requirements-peers-oip.txt
 	@touch $@
 
 venv: $(VENV)/.dev ## create or refresh .venv
@@ -58,7 +66,7 @@ fast: $(VENV)/.dev ## the tests to run while editing
 slow: $(VENV)/.dev ## the tests that take long
 	$(call group,slow,slow and not peers)
 
-peers: $(VENV)/.dev ## the tests against software that is not ours
+peers: $(VENV)/.dev $(PEERS)/.done ## the tests against software that is not ours
 	$(call group,peers,peers)
 
 format: $(VENV)/.dev ## format, and fix what ruff can fix
@@ -69,5 +77,5 @@ bench: $(VENV)/.dev ## the benchmarks, each beside its bare twin
 	@$(PY) tests/bench/run.py
 
 clean: ## remove .venv, caches and build outputs
-	@rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(PEERS) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -706,6 +706,8 @@ def decode_error(message: Buffer) -> str | None:
 def decode_metadata(message: Buffer) -> Signature:
     """Read what a model takes and gives; its `version` is known where the server names one only.
 
+    Some servers say neither of a model that does not declare it: then there are no inputs and no outputs.
+
     Raises:
         DecodeError: anything but valid metadata of a model.
     """
@@ -715,8 +717,8 @@ def decode_metadata(message: Buffer) -> Signature:
     features: str = _field(parameters, "features", str, "the parameters", "")
     try:
         return Signature(
-            tuple([_spec(row, "input") for row in _objects(found, "inputs", "the metadata")]),
-            tuple([_spec(row, "output") for row in _objects(found, "outputs", "the metadata")]),
+            tuple([_spec(row, "input") for row in _objects(found, "inputs", "the metadata", [])]),
+            tuple([_spec(row, "output") for row in _objects(found, "outputs", "the metadata", [])]),
             _field(found, "name", str, "the metadata", ""),
             str(versions[0])[:256] if len(versions) == 1 and isinstance(versions[0], str | int) else "",
             _field(found, "platform", str, "the metadata", ""),

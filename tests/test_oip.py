@@ -527,8 +527,8 @@ def test_a_text_longer_than_any_is_refused_before_it_is_read() -> None:
 @pytest.mark.parametrize(
     ("message", "match"),
     [
-        (b"{}", "'inputs' of the metadata"),
-        (b'{"inputs": []}', "'outputs' of the metadata"),
+        (b'{"inputs": {}}', "'inputs' of the metadata"),
+        (b'{"inputs": [], "outputs": 1}', "'outputs' of the metadata"),
         (b'{"inputs": [{"name": "x", "datatype": "FP32"}], "outputs": []}', "'shape' of input 'x'"),
         (b'{"inputs": [{"name": "x", "datatype": "?", "shape": []}], "outputs": []}', "datatype"),
         (b'{"inputs": [{"name": "x", "datatype": "FP32", "shape": [-2]}], "outputs": []}', "whole numbers"),
