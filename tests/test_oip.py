@@ -570,6 +570,7 @@ def survives(decode: Callable[..., Any], *arguments: Any) -> None:
         assert len(tensor.tobytes()) == tensor.nbytes
 
 
+@settings(deadline=None)
 @given(body=st.binary(max_size=200), size=st.none() | st.integers(-1, 250))
 def test_any_bytes_give_a_message_or_a_decode_error(body: bytes, size: int | None) -> None:
     survives(decode_request, body, size)
@@ -579,6 +580,7 @@ def test_any_bytes_give_a_message_or_a_decode_error(body: bytes, size: int | Non
 
 
 @pytest.mark.parametrize("form", FORMS)
+@settings(deadline=None)
 @given(data=st.data())
 def test_a_message_with_bytes_changed_gives_a_message_or_a_decode_error(form: str, data: Any) -> None:
     body = joined(FORMS[form])
@@ -608,7 +610,7 @@ MORE = st.dictionaries(st.sampled_from(["id", "outputs", "parameters"]), ODD)
 
 
 @given(rows=st.lists(TENSOR, max_size=3) | ODD, more=MORE, tail=st.binary(max_size=40))
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_odd_json_in_any_place_gives_a_message_or_a_decode_error(rows: Any, more: dict[str, Any], tail: bytes) -> None:
     head = json.dumps({"inputs": rows, "outputs": rows, **more}).encode()
     survives(decode_request, head + tail, len(head))
