@@ -181,7 +181,9 @@ def _plain(name: str, array: Array) -> dict[str, Any]:
         return _tensor(name, "BYTES", array.shape) | {"data": [_text(item, array) for item in _string_items(array)]}
     datatype, stored = _WRITTEN[_known(array)]
     if datatype in _FLOATS:
-        if not np.isfinite(array).all():
+        with np.errstate(invalid="ignore"):  # a signalling NaN is one too
+            finite = np.isfinite(array).all()
+        if not finite:
             raise EncodeError(
                 f"'{name}' holds NaN or infinity, which JSON has no form for: {describe(array)}; the server takes no"
                 " binary tensors", dtype=array.dtype.name, shape=array.shape,

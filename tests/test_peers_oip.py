@@ -1,4 +1,4 @@
-"""`tritonclient` as the oracle of our codec, and a KServe model server for our client; in an environment of their own."""
+"""`tritonclient` as the oracle of our codec, and a KServe model server for our client; both in another environment."""
 
 from __future__ import annotations
 
