@@ -552,7 +552,7 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _OURS = {
     *("content-length", "content-type", "host", "transfer-encoding", "connection", "expect", "user-agent"),
-    "x-request-timeout-ms",
+    *("x-request-timeout-ms", "inference-header-content-length"),
 }
 _LONGEST_MS = 10**12 - 1  # what a server reads
 

@@ -349,7 +349,7 @@ class _Row(NamedTuple):
     data: Any
 
     def __str__(self) -> str:
-        return f"tensor '{self.name}': {self.datatype} {list(self.shape)}"
+        return f"tensor '{self.name[:64]}': {self.datatype} {list(self.shape)}"
 
 
 def parse_json_size(value: str | None) -> int | None:

@@ -370,10 +370,15 @@ def test_other_urls_mean_graphpipe(url: str) -> None:
     assert not speaks_oip(Url.parse(url))
 
 
+def test_the_header_that_tells_of_tensors_is_ours_to_set() -> None:
+    with pytest.raises(SpecError, match="no header of this name"):
+        Endpoint("http://h/v2/models/m", headers={"Inference-Header-Content-Length": "3"})
+
+
 def test_a_unix_socket_has_models_too() -> None:
     url = Url.parse("http+unix://%2Frun%2Fm.sock/v2/models/m")
     assert speaks_oip(url)
-    assert url.at("/infer", "POST", JSON).prefix.startswith(b"POST /v2/models/m/infer HTTP/1.1\r\nHost: localhost\r\n")
+    assert url.below("/infer", "POST", JSON).prefix.startswith(b"POST /v2/models/m/infer HTTP/1.1\r\nHost: localhost\r\n")
 
 
 # --------------------------------------------------------------------------- gradients
