@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import json
 import pickle
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +22,7 @@ import server_ref
 from remote_ops import Endpoint, RequestsTransport, Retry, load
 from remote_ops.errors import (
     BadStatus,
+    ConnectError,
     DeadlineExceeded,
     DecodeError,
     EncodeError,
@@ -34,6 +36,7 @@ from remote_ops.errors import (
     SignatureError,
     SpecError,
 )
+from remote_ops.policy import Hedge
 from remote_ops.url import Url
 from remote_ops.wire import speaks_oip
 
@@ -378,7 +381,89 @@ def test_the_header_that_tells_of_tensors_is_ours_to_set() -> None:
 def test_a_unix_socket_has_models_too() -> None:
     url = Url.parse("http+unix://%2Frun%2Fm.sock/v2/models/m")
     assert speaks_oip(url)
-    assert url.below("/infer", "POST", JSON).prefix.startswith(b"POST /v2/models/m/infer HTTP/1.1\r\nHost: localhost\r\n")
+    assert url.below("/infer", "POST", JSON).prefix.startswith(
+        b"POST /v2/models/m/infer HTTP/1.1\r\nHost: localhost\r\n"
+    )
+
+
+# --------------------------------------------------------------------------- replicas
+
+
+CALLS: dict[str, Callable[[Endpoint], Any]] = {
+    "infer": lambda endpoint: endpoint.infer({"x": ONES}),
+    "ainfer": lambda endpoint: asyncio.run(endpoint.ainfer({"x": ONES})),
+    "submit": lambda endpoint: endpoint.submit({"x": ONES}).result(WAIT_S),
+}
+
+
+def nobody() -> str:
+    """A URL at which a connection is refused."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"http://127.0.0.1:{listener.getsockname()[1]}/v2/models/m"
+
+
+@pytest.mark.parametrize("hedge", [None, Hedge(after_s=5)])
+@pytest.mark.parametrize("way", CALLS)
+def test_of_two_replicas_one_may_be_dead(way: str, hedge: Hedge | None) -> None:
+    model = Model(sides("FP32"), refusing(*PARSE[:2], echo(binary=False), PARSE[2]))
+    with peer(model) as there:
+        first, second = nobody(), there.url.removesuffix("/m") + "/v2/models/m"
+        with Endpoint([first, second], timeout_s=10, retry=Retry(base_s=0.001), hedge=hedge) as endpoint:
+            for _ in range(8):
+                np.testing.assert_array_equal(CALLS[way](endpoint)["y"], ONES)
+            assert [replica.url for replica in endpoint.stats()] == [first, second]
+            assert [replica.in_flight for replica in endpoint.stats()] == [0, 0]
+    assert model.lines == ["GET /v2/models/m", *["POST /v2/models/m/infer"] * 9]
+    assert model.kinds == [BINARY, *[JSON] * 8]
+
+
+@pytest.mark.parametrize("way", CALLS)
+def test_a_call_that_no_replica_answers_names_them_all(way: str) -> None:
+    first, second = nobody(), nobody()
+    with serving(doubling) as (other, _):
+        signature = other.signature
+    with Endpoint([first, second], retry=Retry(base_s=0.001)) as endpoint:
+        for known in (None, signature):
+            endpoint._signature = known
+            with pytest.raises(ConnectError, match="1 more failed") as caught:
+                CALLS[way](endpoint)
+            assert first in str(caught.value)
+            assert second in str(caught.value)
+
+
+@pytest.mark.parametrize("way", CALLS)
+def test_a_late_call_is_sent_to_another_replica_too(way: str) -> None:
+    late = Model(sides("FP32"), lambda conversation, _: conversation.read())
+    quick = Model(sides("FP32"), doubling)
+    with peer(late) as there, peer(quick) as here:
+        urls = [one.url.removesuffix("/m") + "/v2/models/m" for one in (there, here)]
+        with Endpoint(urls, timeout_s=10, hedge=Hedge(after_s=0.01)) as endpoint:
+            for _ in range(4):
+                np.testing.assert_array_equal(CALLS[way](endpoint)["y"], 2 * ONES)
+    assert "POST /v2/models/m/infer" in late.lines
+
+
+@pytest.mark.parametrize("way", CALLS)
+def test_a_name_with_several_addresses_stands_for_several_replicas(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen, host = socket.getaddrinfo, [], f"oip-{way}"
+
+    def getaddrinfo(name: str, port: int, *args: Any, flags: int = 0, **options: Any) -> list[Any]:
+        if name != host or flags & socket.AI_NUMERICHOST:
+            return real(name, port, *args, flags=flags, **options)
+        return [found for at in ("127.0.0.1", "127.0.0.2") for found in real(at, port, *args, **options)]
+
+    def answer(conversation: Conversation, message: Message) -> None:
+        seen.append((conversation.sock.getsockname()[0], message.headers["host"]))
+        doubling(conversation, message)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with peer(Model(sides("FP32"), answer), host="0.0.0.0") as there:
+        url = f"http://{host}:{there.port}/v2/models/m"
+        with Endpoint(url, timeout_s=10) as endpoint:
+            for _ in range(40):
+                np.testing.assert_array_equal(CALLS[way](endpoint)["y"], 2 * ONES)
+            assert [replica.url for replica in endpoint.stats()] == [f"{url} [127.0.0.1]", f"{url} [127.0.0.2]"]
+    assert set(seen) == {(at, f"{host}:{there.port}") for at in ("127.0.0.1", "127.0.0.2")}
 
 
 # --------------------------------------------------------------------------- gradients
