@@ -15,12 +15,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import copy
 import dataclasses
-import math
 import os
-import random
-import re
 import threading
 import time
 import weakref
@@ -37,10 +33,12 @@ from remote_ops.errors import (
     RemoteOpsError,
     SpecError,
 )
+from remote_ops.headers import Headers
 from remote_ops.policy import Breaker, Hedge, Retry
-from remote_ops.replicas import Replica, Replicas, ReplicaStats
+from remote_ops.replicas import Replicas, ReplicaStats
+from remote_ops.sendings import Attempts, Failed, Sending, first_answer
 from remote_ops.signature import Signature
-from remote_ops.transport import Call, HttpTransport, Transport
+from remote_ops.transport import HttpTransport, Transport
 from remote_ops.url import TLS, Url
 from remote_ops.wire import Ask, wire_of
 
@@ -88,7 +86,7 @@ class Endpoint:
         _check_arguments(self._urls, headers, tls, transport, retry, hedge, breaker)
         self._wire = wire_of(self._urls)
         self.timeout_s = timeout_s
-        self._headers = _Headers(headers or {})
+        self._headers = Headers(headers or {})
         self._retry = retry
         self._hedge = hedge
         self._breaker = breaker
@@ -212,7 +210,7 @@ class Endpoint:
 
     def __repr__(self) -> str:
         urls = self.url if len(self._urls) == 1 else [url.text for url in self._urls]
-        headers = f", headers={sorted(self._headers.values)}" if self._headers.values else ""
+        headers = f", headers={self._headers.names}" if self._headers else ""
         return f"Endpoint({urls!r}, timeout_s={self.timeout_s}{headers})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Endpoint:
@@ -237,7 +235,7 @@ class Endpoint:
         return {
             "url": [url.full for url in self._urls],
             "timeout_s": self.timeout_s,
-            "headers": self._headers.__getstate__()["values"],
+            "headers": self._headers.describe(),
             "tls": self._tls.__getstate__() if self._tls else None,
             "retry": dataclasses.asdict(self._retry),
             "hedge": dataclasses.asdict(self._hedge) if self._hedge else None,
@@ -256,8 +254,7 @@ class Endpoint:
             hedge=Hedge(**hedge) if hedge else None,
             breaker=Breaker(**description.get("breaker", {})),
         )
-        made._headers.values = dict(description["headers"])
-        made._headers._fixed = None if made._headers.values else ()
+        made._headers = Headers.from_description(description["headers"])
         return made
 
     # how it is done
@@ -280,12 +277,16 @@ class Endpoint:
         self, signature: Signature, inputs: Mapping[str, Any], outputs: Sequence[str] | None, config: bytes
     ) -> Ask:
         arrays = signature.fit_inputs(inputs, at=self.url)
-        return self._wire.infer(arrays, signature.select_outputs(outputs, at=self.url), config)
+        ask = self._wire.infer(arrays, signature.select_outputs(outputs, at=self.url), config)
+        return ask if self._retry.idempotent else ask._replace(otherwise=None)
+
+    def _attempts(self, ask: Ask, bound: Deadline) -> Attempts:
+        return Attempts(ask, bound, self._replicas, self._retry, self._headers)
 
     def _exchange(self, ask: Ask, bound: Deadline) -> Any:
         if self._hedge is not None and not on_background_loop():
             return result_of(Background[Any](self._aexchange(ask, bound)))
-        attempts = _Attempts(self, ask, bound)
+        attempts = self._attempts(ask, bound)
         if self._replicas.unsettled:
             concurrent.futures.wait(self._replicas.look_up(), _most(bound.remaining()))
         sending = attempts.first()
@@ -307,7 +308,7 @@ class Endpoint:
             sending = attempts.again()
 
     async def _aexchange(self, ask: Ask, bound: Deadline) -> Any:
-        attempts = _Attempts(self, ask, bound)
+        attempts = self._attempts(ask, bound)
         if self._replicas.unsettled:
             lookups = asyncio.gather(*map(awaited, self._replicas.look_up()), return_exceptions=True)
             with contextlib.suppress(asyncio.TimeoutError):
@@ -316,7 +317,7 @@ class Endpoint:
         while True:
             try:
                 return await self._asend(attempts, sending)
-            except _Failed as caught:
+            except Failed as caught:
                 failed = caught  # what is raised now is not raised while handling it
             try:
                 wait_s = attempts.wait_s(failed.sending, failed.error)
@@ -325,7 +326,7 @@ class Endpoint:
             await asyncio.sleep(wait_s)
             sending = attempts.again()
 
-    async def _asend(self, attempts: _Attempts, sending: _Sending) -> Any:
+    async def _asend(self, attempts: Attempts, sending: Sending) -> Any:
         after_s = self._replicas.delay_s if self._hedge is not None else None
         if after_s is None or not attempts.ask.runs:
             return await self._asend_one(attempts, sending)
@@ -339,7 +340,7 @@ class Endpoint:
             if second is None:
                 return await tasks[0]
             tasks.append(asyncio.ensure_future(self._asend_one(attempts, second)))
-            winner = await _first_answer(tasks)
+            winner = await first_answer(tasks)
             if winner is tasks[1]:
                 sending.outrun = True
             return winner.result()
@@ -348,14 +349,14 @@ class Endpoint:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _asend_one(self, attempts: _Attempts, sending: _Sending) -> Any:
+    async def _asend_one(self, attempts: Attempts, sending: Sending) -> Any:
         sending.begin()
         try:
             reply = await self._transport.aexchange(sending.call, attempts.bound)
             result = attempts.ask.read(reply, sending.call.url.text)
         except RemoteOpsError as error:
             sending.failed(error)
-            raise _Failed(sending, error) from error
+            raise Failed(sending, error) from error
         except BaseException:
             sending.abandoned()
             raise
@@ -395,212 +396,9 @@ def _most(left_s: float) -> float:
     return max(0.0, min(left_s, threading.TIMEOUT_MAX, 1e6))
 
 
-# --------------------------------------------------------------------------- the sendings of a call
-
-
-class _Failed(Exception):
-    """A sending ended with an error; never reaches a caller."""
-
-    def __init__(self, sending: _Sending, error: RemoteOpsError) -> None:
-        super().__init__()
-        self.sending = sending
-        self.error = error
-
-
-class _Sending:
-    """One request of a call to one replica: it begins, and then ends in one of three ways."""
-
-    __slots__ = ("_first", "_measured", "_replicas", "_since", "call", "outrun", "replica")
-
-    def __init__(self, replicas: Replicas, replica: Replica, call: Call, *, first: bool, measured: bool) -> None:
-        self._replicas = replicas
-        self._first = first
-        self._measured = measured
-        self._since = 0.0
-        self.replica = replica
-        self.call = call
-        self.outrun = False
-
-    def begin(self) -> None:
-        self._since = self._replicas.begin(self.replica, first=self._first)
-
-    def answered(self) -> None:
-        self._replicas.answered(self.replica, self._since, measured=self._measured)
-
-    def failed(self, error: RemoteOpsError) -> None:
-        self._replicas.failed(self.replica, self._since, error)
-
-    def abandoned(self) -> None:
-        self._replicas.abandoned(self.replica, self._since, outrun=self.outrun)
-
-
-class _Attempts:
-    """The sendings of one call: which replica next, when, and what an error means for it."""
-
-    __slots__ = ("_next", "ask", "bound", "endpoint", "number", "since", "told", "tried")
-
-    def __init__(self, endpoint: Endpoint, ask: Ask, bound: Deadline) -> None:
-        self.endpoint = endpoint
-        self.ask = ask
-        self.bound = bound
-        self.number = 0
-        self.tried: list[Replica] = []
-        self.told: dict[Replica, str] = {}
-        self.since = time.monotonic()
-
-    def first(self) -> _Sending:
-        return self._sending(self.endpoint._replicas.next(()))
-
-    def again(self) -> _Sending:
-        return self._sending(self._next)
-
-    def second(self) -> _Sending | None:
-        """A copy of the sending that is on its way; None if the budgets do not allow it."""
-        replicas = self.endpoint._replicas
-        if self.bound.expired() or not replicas.spend(on_copy=True):
-            return None
-        self.number -= 1
-        return self._sending(replicas.next(self.tried))
-
-    def _sending(self, replica: Replica) -> _Sending:
-        endpoint = self.endpoint
-        headers = (*endpoint._headers.resolve(), *self.ask.headers)
-        left_s = self.bound.remaining()
-        if left_s <= 0:
-            raise DeadlineExceeded(f"no time left to call {replica.url.text}: the deadline passed {-left_s:.3f} s ago")
-        first = not self.tried
-        self.number += 1
-        self.tried.append(replica)
-        if left_s < math.inf:
-            headers = (*headers, ("X-Request-Timeout-Ms", str(max(0, min(int(left_s * 1000), _LONGEST_MS)))))
-        retry = endpoint._retry
-        once = retry.attempts == 1 or not retry.idempotent
-        call = Call(self.ask.aim(replica.url), headers, self.ask.body, once=once)
-        return _Sending(endpoint._replicas, replica, call, first=first, measured=self.ask.runs)
-
-    def wait_s(self, sending: _Sending, error: RemoteOpsError) -> float:
-        """Seconds until the next sending; raises, in full words, if there is none."""
-        endpoint, replicas = self.endpoint, self.endpoint._replicas
-        self.told[sending.replica], note = str(error), ""
-        if endpoint._retry.repeats(error, self.number):
-            self._next = replicas.next(self.tried)
-            elsewhere = self._next not in self.tried
-            held_s = replicas.held_s(self._next)
-            if self._next is sending.replica:
-                held_s = max(held_s, error.retry_after_s or 0.0)
-            wait_s = endpoint._retry.wait_s(
-                error,
-                self.number,
-                self.bound.remaining(),
-                random.random,
-                elsewhere=elsewhere,
-                held_s=held_s,
-            )
-            if wait_s is not None:
-                if endpoint._retry.is_free(error, elsewhere=elsewhere) or replicas.spend():
-                    return wait_s
-                note = "; not sent again: retries have used up their share of the calls"
-        last = self._last(sending, error, note)
-        if last is error:
-            raise error
-        raise last from error
-
-    def _last(self, sending: _Sending, error: RemoteOpsError, note: str) -> RemoteOpsError:
-        """The error that the call ends with: of the last sending, and what the other replicas had to say."""
-        if isinstance(error, DeadlineExceeded):
-            text = (
-                f"no answer from {sending.call.url.text} in {time.monotonic() - self.since:.3f} s "
-                f"(attempt {self.number} of {self.endpoint._retry.attempts}, {error.message})"
-            )
-        else:
-            text = str(error)
-        others: list[str] = []
-        if error.retryable or isinstance(error, DeadlineExceeded):
-            unwell = {replica: replica.last_error for replica in self.endpoint._replicas.unwell()}
-            others = [said for replica, said in {**unwell, **self.told}.items() if replica is not sending.replica]
-        if others:
-            text = f"{text}; {len(others)} more failed: {'; '.join(others)}"
-        text += note
-        if text == str(error):
-            return error
-        last = copy.copy(error)
-        last.args = (text,)
-        return last
-
-
-async def _first_answer(copies: Sequence[asyncio.Future[Any]]) -> asyncio.Future[Any]:
-    """The first of two copies that ends well, or with an error that the other would meet too; else the last."""
-    pending = set(copies)
-    while True:
-        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-        for one in done:
-            error = one.exception()
-            if not pending or not (isinstance(error, _Failed) and error.error.retryable):
-                best: asyncio.Future[Any] = min(done, key=lambda one: one.exception() is not None)
-                return best
-
-
 def _unwrap(results: dict[str, Array]) -> Any:
     values = tuple(results.values())
     return values[0] if len(values) == 1 else values
-
-
-# --------------------------------------------------------------------------- headers
-
-
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_OURS = {
-    *("content-length", "content-type", "host", "transfer-encoding", "connection", "expect", "user-agent"),
-    *("x-request-timeout-ms", "inference-header-content-length"),
-}
-_LONGEST_MS = 10**12 - 1  # what a server reads
-
-
-class _Headers:
-    """The caller's headers: values that name environment variables are read at each call; others are secrets."""
-
-    def __init__(self, values: Mapping[str, str]) -> None:
-        self.values: dict[str, str | None] = dict(values)
-        for name, value in values.items():
-            if not _NAME.fullmatch(name) or name.lower() in _OURS:
-                raise SpecError(f"no header of this name can be set: {name!r}", path="headers")
-            _check_value(name, value)
-        self._fixed = None if any(_VARIABLE.search(value) for value in values.values()) else tuple(values.items())
-
-    def resolve(self) -> Sequence[tuple[str, str]]:
-        if self._fixed is not None:
-            return self._fixed
-        return [(name, self._resolve(name, value)) for name, value in self.values.items()]
-
-    def _resolve(self, name: str, value: str | None) -> str:
-        if value is None:
-            raise SpecError(
-                f"header '{name}' had a literal value, which is not pickled: write it as '${{NAME}}', to be read from "
-                "the environment at each call",
-                path="headers",
-            )
-        resolved = _VARIABLE.sub(lambda match: self._variable(name, match[1]), value)
-        _check_value(name, resolved)
-        return resolved
-
-    @staticmethod
-    def _variable(header: str, name: str) -> str:
-        try:
-            return os.environ[name]
-        except KeyError:
-            raise SpecError(f"header '{header}' needs the environment variable {name}, which is not set") from None
-
-    def __getstate__(self) -> dict[str, Any]:
-        kept = {name: value if value and _VARIABLE.search(value) else None for name, value in self.values.items()}
-        return {"values": kept, "_fixed": None if kept else ()}
-
-
-def _check_value(name: str, value: str) -> None:
-    if not isinstance(value, str):
-        raise SpecError(f"header '{name}' has a value that is no text: got a {type(value).__name__}", path="headers")
-    if any(char in value for char in "\r\n\0") or not value.isascii():
-        raise SpecError(f"header '{name}' has a value with a line end or a character beyond ASCII", path="headers")
 
 
 # --------------------------------------------------------------------------- processes

@@ -5,20 +5,19 @@ It reads URLs and certificate files; it opens no connection.
 
 from __future__ import annotations
 
-import os
 import re
 import ssl
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from remote_ops.environment import filled, names_variables
 from remote_ops.errors import SpecError
 
 __all__ = ["TLS", "USER_AGENT", "Url"]
 
 USER_AGENT = "remote-ops/0.1"
 _PLACE = re.compile(r"[^:]*://([^/?#]*)")
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 class Url(NamedTuple):
@@ -135,7 +134,7 @@ class TLS:
         try:
             context = ssl.create_default_context(cafile=self.ca)
             if self.cert:
-                context.load_cert_chain(self.cert, self.key, _VARIABLE.sub(_value, self.password or ""))
+                context.load_cert_chain(self.cert, self.key, filled(self.password or "", "the password", "tls"))
         except (OSError, ssl.SSLError) as error:
             hint = "" if self.password or not self.key else "; a password is never pickled"
             files = ", ".join(filter(None, (self.ca, self.cert, self.key)))
@@ -146,13 +145,4 @@ class TLS:
         return context
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "password": self.password if _VARIABLE.search(self.password or "") else None}
-
-
-def _value(match: re.Match[str]) -> str:
-    try:
-        return os.environ[match[1]]
-    except KeyError:
-        raise SpecError(
-            f"the password needs the environment variable {match[1]}, which is not set", path="tls"
-        ) from None
+        return {**self.__dict__, "password": self.password if names_variables(self.password) else None}

@@ -17,13 +17,14 @@ PACKAGES = ("remote_ops", "ensemble", "server_ref")
 # Rooms of remote_ops, lowest first: a room imports from the lines before it, never from its own line.
 ROOMS = (
     ("errors",),
-    ("signature", "deadline", "buffers"),
-    ("graphpipe", "oip", "http1", "shm", "policy", "download", "url"),
+    ("signature", "deadline", "buffers", "environment"),
+    ("graphpipe", "oip", "http1", "shm", "policy", "download", "headers", "url"),
     ("addresses",),
     ("connection", "replicas"),
     ("transport", "background"),
     ("replies",),
     ("wire",),
+    ("sendings",),
     ("client",),
     ("servable",),
     ("torch", "tf", "onnx"),

@@ -240,6 +240,17 @@ def test_a_server_that_took_binary_tensors_once_is_never_asked_in_json() -> None
     assert model.kinds == [BINARY, BINARY]
 
 
+@pytest.mark.parametrize("refusal", [("400 X", words("cannot parse")), ("500 X", b"", "Content-Type: text/plain")])
+def test_what_must_not_happen_twice_is_not_sent_in_another_form_either(refusal: tuple[Any, ...]) -> None:
+    answer = refusing(refusal[0], refusal[1], echo(binary=False), *refusal[2:])
+    with serving(answer, retry=Retry(idempotent=False)) as (endpoint, model):
+        with pytest.raises((InvalidRequest, BadStatus)):
+            endpoint(ONES)
+        with pytest.raises((InvalidRequest, BadStatus)):
+            asyncio.run(endpoint.ainfer({"x": ONES}))
+    assert model.kinds == [BINARY, BINARY]
+
+
 def test_a_refusal_of_both_forms_is_told_and_decides_nothing() -> None:
     def answer(conversation: Conversation, message: Message) -> None:
         if tensors_of(message)[1]["x"][0, 0] < 0:
