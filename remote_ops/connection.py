@@ -79,7 +79,14 @@ class Answered(Exception):
 
 
 class Stale(Exception):
-    """A kept connection that the peer had closed before it saw this request; never reaches a caller of `transport`."""
+    """A kept connection that ended before its answer began, and so perhaps before the peer saw this request.
+
+    Never reaches a caller of `transport`.
+    """
+
+    def __init__(self, phase: str) -> None:
+        super().__init__()
+        self.phase = phase
 
 
 # --------------------------------------------------------------------------- blocking
@@ -193,9 +200,8 @@ class BlockingConnection:
             return False
 
     def _gone(self, reader: http1.Reader, error: BaseException | None) -> Exception:
-        if self.used and reader.idle:
-            return Stale()
-        return lost(self.url, error, WAITING if reader.idle else READING)
+        phase = READING if not reader.idle else WAITING if self.whole else WRITING
+        return Stale(phase) if self.used and reader.idle else lost(self.url, error, phase)
 
     def _receive(self, reader: http1.Reader, deadline: Deadline, since: float) -> int:
         into = reader.buffer()
@@ -375,12 +381,14 @@ class AsyncConnection(asyncio.BufferedProtocol):
         self._paused = False
         self._lost: BaseException | None = None
         self._cut_short = False
+        self._poll = select.poll()
         self.idle_since = 0.0
 
     # the loop calls these
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
+        self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._reader.buffer()
@@ -396,6 +404,7 @@ class AsyncConnection(asyncio.BufferedProtocol):
         return None
 
     def eof_received(self) -> bool:
+        self._note_unsent()
         with contextlib.suppress(FramingError):
             if self._reader.eof():
                 self._finish()
@@ -403,8 +412,10 @@ class AsyncConnection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = exc or ConnectionResetError("closed by the peer")
+        self._note_unsent()
         self._transport = None  # it is closed: asyncio would end what is aborted now a second time
-        self._fail(Stale() if self.used and self._reader.idle else lost(self.url, exc, self.phase))
+        stale = self.used and self._reader.idle
+        self._fail(Stale(self.phase) if stale else lost(self.url, exc, self.phase))
 
     def pause_writing(self) -> None:
         self._paused = True
@@ -421,18 +432,23 @@ class AsyncConnection(asyncio.BufferedProtocol):
 
     @property
     def dead(self) -> bool:
-        return (
-            self._transport is None or self._lost is not None or self._transport.is_closing() or not self._reader.idle
-        )
+        """Whether the peer has closed it, or sent what nobody asked for; the loop may not know that yet."""
+        if self._transport is None or self._lost is not None or self._transport.is_closing() or not self._reader.idle:
+            return True
+        return bool(self._poll.poll(0))
 
     @property
     def whole(self) -> bool:
         """Whether all of the request is sent: the peer would read the rest as the beginning of the next one."""
         return not self._cut_short and self._transport is not None and not self._transport.get_write_buffer_size()
 
-    def close(self) -> None:
-        if self.phase is WAITING and not self.whole:
+    def _note_unsent(self) -> None:
+        """A transport takes more than it sends at once: while it holds some, the request is still being sent."""
+        if self.phase is WAITING and (self._paused or not self.whole):
             self.phase = WRITING
+
+    def close(self) -> None:
+        self._note_unsent()
         if self._answer is not None:
             self._answer.cancel()
         if self._transport is not None:

@@ -131,10 +131,10 @@ class HttpTransport:
             connection = kept or BlockingConnection(url, self._tls_context(url), deadline)
             try:
                 message = connection.exchange(head, call.body, deadline, self._buffers)
-            except Stale:
+            except Stale as stale:
                 connection.close()
                 if call.once:
-                    raise lost(url, None, WAITING) from None
+                    raise lost(url, None, stale.phase) from None
                 renewed = True
             except BaseException as error:
                 connection.close()
@@ -156,9 +156,9 @@ class HttpTransport:
             used: list[AsyncConnection] = []
             try:
                 return await asyncio.wait_for(self._attempt(call, head, used, renewed), left)
-            except Stale:
+            except Stale as stale:
                 if call.once:
-                    raise lost(call.url, None, WAITING) from None
+                    raise lost(call.url, None, stale.phase) from None
                 renewed = True
             except asyncio.TimeoutError as error:
                 phase = used[0].phase if used else CONNECTING

@@ -409,14 +409,14 @@ CELLS: dict[str, Cell] = {
     "black hole in the body": late(READING, end=End("silence", "body", -1)),
     "reset before": lost(WAITING, 3, "reset", "request", 0),
     "reset in the request": lost(WAITING, 3, "reset", "request", 40),
-    "reset in a large request": lost("", (2, 3), "reset", "request", 1 << 17, x=LARGE),
+    "reset in a large request": lost(WRITING, (2, 3), "reset", "request", 1 << 17, x=LARGE),
     "reset before the answer": lost(WAITING, 3, "reset", "head", 0),
     "reset in the head": lost(READING, 2, "reset", "head", 20),
     "reset in the body": lost(READING, 2, "reset", "body", 20),
     "reset after": fine(end=End("reset", "body")),
     "cut before": lost(WAITING, 3, "close", "request", 0),
     "cut in the request": lost(WAITING, 3, "close", "request", 40),
-    "cut in a large request": lost("", 3, "close", "request", 1 << 17, x=LARGE),
+    "cut in a large request": lost(WRITING, 3, "close", "request", 1 << 17, x=LARGE),
     "cut before the answer": lost(WAITING, 3, "close", "head", 0),
     "cut in the head": lost(READING, 2, "close", "head", 20),
     "cut in the body": lost(READING, 2, "close", "body", 20),
@@ -523,11 +523,8 @@ def test_what_may_be_sent_once_is_sent_once(name: str, caller: str, proxy: Proxy
         works(caller, call, proxy)
 
 
-# A loop that has not run since does not know that a connection ended: what it sends there once may be lost.
-MEANWHILE = [(TWO, caller) for caller in CALLERS] + [(ONCE, caller) for caller in CALLERS if caller != "numpy-ainfer"]
-
-
-@pytest.mark.parametrize(("retry", "caller"), MEANWHILE)
+@pytest.mark.parametrize("caller", CALLERS)
+@pytest.mark.parametrize("retry", [TWO, ONCE])
 @pytest.mark.parametrize("how", ["reset", "close"])
 def test_a_kept_connection_that_ended_meanwhile_is_not_seen(how: Any, caller: str, retry: Retry, proxy: Proxy) -> None:
     with CALLERS[caller](proxy.url, timeout_s=20.0, retry=retry) as call:
