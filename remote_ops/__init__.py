@@ -4,6 +4,8 @@ The front door: what stands here is what users import. Frameworks come in by the
 `remote_ops.tf`; importing this one imports none of them.
 """
 
+import logging
+
 from remote_ops.client import Endpoint
 from remote_ops.deadline import Deadline
 from remote_ops.errors import (
@@ -35,6 +37,8 @@ from remote_ops.transport import RequestsTransport
 from remote_ops.url import TLS
 
 __version__ = "0.1.0"
+
+logging.getLogger("remote_ops").addHandler(logging.NullHandler())  # silent, unless the program wants to hear
 
 __all__ = [
     "TLS",

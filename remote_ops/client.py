@@ -38,6 +38,7 @@ from remote_ops.policy import Breaker, Hedge, Retry
 from remote_ops.replicas import Replicas, ReplicaStats
 from remote_ops.sendings import Attempts, Failed, Sending, first_answer
 from remote_ops.signature import Signature
+from remote_ops.telemetry import call_span, tracing
 from remote_ops.transport import HttpTransport, Transport
 from remote_ops.url import TLS, Url
 from remote_ops.wire import Ask, wire_of
@@ -150,6 +151,14 @@ class Endpoint:
         Runs on the caller's thread. Costs one round trip, and a second one the first time, for the signature.
         """
         bound = self._bound(deadline)
+        if not tracing():
+            return self._infer(inputs, outputs, config, bound)
+        with call_span("infer", self._urls[0]):
+            return self._infer(inputs, outputs, config, bound)
+
+    def _infer(
+        self, inputs: Mapping[str, Any], outputs: Sequence[str] | None, config: bytes, bound: Deadline
+    ) -> dict[str, Array]:
         signature = self._signature or self._fetch_signature(bound)
         ask = self._prepare(signature, inputs, outputs, config)
         results: dict[str, Array]
@@ -169,6 +178,14 @@ class Endpoint:
     ) -> dict[str, Array]:
         """The same on the running loop; cancelling it closes the connection it waits on."""
         bound = self._bound(deadline)
+        if not tracing():
+            return await self._ainfer(inputs, outputs, config, bound)
+        with call_span("infer", self._urls[0]):
+            return await self._ainfer(inputs, outputs, config, bound)
+
+    async def _ainfer(
+        self, inputs: Mapping[str, Any], outputs: Sequence[str] | None, config: bytes, bound: Deadline
+    ) -> dict[str, Array]:
         if self._signature is None:  # several at once may ask; the answers are alike
             self._signature = await self._aexchange(self._wire.metadata(), bound)
         ask = self._prepare(self._signature, inputs, outputs, config)
@@ -293,8 +310,7 @@ class Endpoint:
         while True:
             sending.begin()
             try:
-                reply = self._transport.exchange(sending.call, bound)
-                result = ask.read(reply, sending.call.url.text)
+                result = sending.read(self._transport.exchange(sending.call, bound))
             except RemoteOpsError as error:
                 sending.failed(error)
                 wait_s = attempts.wait_s(sending, error)
@@ -352,8 +368,7 @@ class Endpoint:
     async def _asend_one(self, attempts: Attempts, sending: Sending) -> Any:
         sending.begin()
         try:
-            reply = await self._transport.aexchange(sending.call, attempts.bound)
-            result = attempts.ask.read(reply, sending.call.url.text)
+            result = sending.read(await self._transport.aexchange(sending.call, attempts.bound))
         except RemoteOpsError as error:
             sending.failed(error)
             raise Failed(sending, error) from error

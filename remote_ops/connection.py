@@ -29,6 +29,7 @@ from remote_ops.url import Url
 __all__ = [
     "AsyncConnection",
     "BlockingConnection",
+    "Marks",
     "Stale",
     "new_loop",
     "open_on_loop",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
+Marks: TypeAlias = "tuple[float, float, float]"  # when the sending began, when it ended, when the answer began
 _IOV_MAX = 512
 _JOINED_BYTES = 1 << 12  # less than this is sooner copied than written in pieces
 _SLICE_BYTES = 1 << 20
@@ -108,6 +110,7 @@ class BlockingConnection:
         self._reader: http1.Reader | None = None
         self.used = False
         self.whole = True
+        self.marks: Marks = (0.0, 0.0, 0.0)
         self._answers_soon = False
 
     def _connect(self, context: ssl.SSLContext | None, deadline: Deadline) -> socket.socket:
@@ -155,7 +158,7 @@ class BlockingConnection:
         if self._reader is None:
             self._reader = http1.Reader("response", _LIMITS, pool.take)
         reader = self._reader
-        since = time.monotonic()
+        began = since = time.monotonic()
         failed: OSError | None = None
         try:
             self.whole = self._send([head, *body], reader, deadline, since)
@@ -166,6 +169,7 @@ class BlockingConnection:
         since = time.monotonic()
         if reader.idle:
             self._await_first_byte(deadline, since)
+        first = time.monotonic()
         while not reader.complete:
             try:
                 size = self._receive(reader, deadline, since)
@@ -175,11 +179,14 @@ class BlockingConnection:
                 raise self._gone(reader, error) from error
             if size:
                 if reader.idle:
-                    self._answers_soon = time.monotonic() - since < _SOON_S
+                    now = time.monotonic()
+                    self._answers_soon = now - since < _SOON_S
+                    first = now if self._tls else first
                 reader.received(size)
             elif not self._ended_well(reader):
                 raise self._gone(reader, failed)
         self.used = True
+        self.marks = (began, since, first)
         message = reader.take()
         self.whole = self.whole and reader.idle  # what follows an answer unasked is no answer to the next call
         return message
@@ -381,6 +388,7 @@ class AsyncConnection(asyncio.BufferedProtocol):
         self._paused = False
         self._lost: BaseException | None = None
         self._cut_short = False
+        self._began = self._sent = self._first = 0.0
         self._poll = select.poll()
         self.idle_since = 0.0
 
@@ -398,7 +406,8 @@ class AsyncConnection(asyncio.BufferedProtocol):
             self._reader.received(nbytes)
         except FramingError as error:
             return self._fail(error)
-        self.phase = READING
+        if self.phase is not READING:
+            self.phase, self._first = READING, time.monotonic()
         if self._reader.complete:
             self._finish()
         return None
@@ -442,6 +451,10 @@ class AsyncConnection(asyncio.BufferedProtocol):
         """Whether all of the request is sent: the peer would read the rest as the beginning of the next one."""
         return not self._cut_short and self._transport is not None and not self._transport.get_write_buffer_size()
 
+    @property
+    def marks(self) -> Marks:
+        return self._began, self._sent, max(self._sent, self._first)
+
     def _note_unsent(self) -> None:
         """A transport takes more than it sends at once: while it holds some, the request is still being sent."""
         if self.phase is WAITING and (self._paused or not self.whole):
@@ -455,7 +468,7 @@ class AsyncConnection(asyncio.BufferedProtocol):
             self._transport.abort()
 
     async def exchange(self, head: bytes, body: Sequence[Buffer]) -> http1.Message:
-        self.phase = WRITING
+        self.phase, self._began = WRITING, time.monotonic()
         assert self._transport is not None
         self._answer = asyncio.get_running_loop().create_future()
         try:
@@ -464,6 +477,7 @@ class AsyncConnection(asyncio.BufferedProtocol):
             self._cut_short = True
         if self.phase is WRITING:
             self.phase = WAITING
+        self._sent = time.monotonic()
         try:
             return await self._answer
         finally:

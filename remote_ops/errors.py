@@ -232,6 +232,14 @@ def answer_of(error: BaseException) -> ErrorRow:
     return _BY_CLASS[InternalError]
 
 
+def brief(error: BaseException) -> str:
+    """Say what a log or a trace may say of an error: its class, and never what a peer wrote, which may be anything."""
+    name = type(error).__name__
+    if isinstance(error, ConnectError | ConnectionLost):
+        return f"{name}: {str(error).partition(' - at ')[0]}"
+    return f"{name} ({error.status})" if isinstance(error, BadStatus) else name
+
+
 def code_of(cls: type[RemoteOpsError]) -> int:
     """Give the numeric code of an error class; 0 where it has none."""
     answer = _BY_CLASS.get(cls)

@@ -7,6 +7,7 @@ answers took.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import threading
@@ -17,7 +18,7 @@ from concurrent.futures import Future
 from typing import NamedTuple
 
 from remote_ops.addresses import Lookup, is_name, look_up, replicas_among
-from remote_ops.errors import DeadlineExceeded, Overloaded, RemoteOpsError
+from remote_ops.errors import DeadlineExceeded, Overloaded, RemoteOpsError, brief
 from remote_ops.policy import (
     UP,
     Breaker,
@@ -35,6 +36,8 @@ from remote_ops.policy import (
 from remote_ops.url import Url
 
 __all__ = ["Replica", "ReplicaStats", "Replicas"]
+
+log = logging.getLogger("remote_ops")
 
 _LOOK_AGAIN_S = 30.0
 _HOLD_S = 1.0  # for one that is overloaded and does not say how long
@@ -160,9 +163,12 @@ class Replicas:
 
         def settle(lookup: Lookup) -> None:
             if lookup.exception() is None:  # a name that is gone for now keeps the addresses it had
+                found = sorted(replicas_among(lookup.result()))
                 with self._lock:
-                    self._found[url] = sorted(replicas_among(lookup.result()))
+                    before, self._found[url] = self._found.get(url), found
                     self._list()
+                if found != (before or found[:1]):
+                    log.info("%s stands for %d addresses now: %s", url.host, len(found), ", ".join(found))
             settled.set_result(None)
 
         look_up(url).add_done_callback(settle)
@@ -213,15 +219,19 @@ class Replicas:
         now = self._clock()
         with self._lock:
             self._released(replica)
+            back = replica.health.faults >= self._breaker.faults
             if replica.health.faults:
                 replica.health = self._breaker.after_answer(replica.health)
             replica.asked_until = replica.held_until = -math.inf
             if measured:
                 self._measure(replica, now - since, now)
+        if back:
+            log.info("%s answers again", replica.url.text)
 
     def failed(self, replica: Replica, since: float, error: RemoteOpsError) -> None:
         """The request begun at `since` ended with an error."""
         now = self._clock()
+        ejected: Health | None = None
         with self._lock:
             self._released(replica)
             if error.retryable and error.retry_after_s is not None:
@@ -231,13 +241,19 @@ class Replicas:
             if is_fault(error, now - since, replica.typical_s):
                 others = [other for other in self._all if other is not replica]
                 up = sum(self._breaker.state(other.health, now) == UP for other in others)
-                replica.health = self._breaker.after_fault(replica.health, now, others=up)
+                before, replica.health = replica.health, self._breaker.after_fault(replica.health, now, others=up)
+                if replica.health.until > max(now, before.until):
+                    ejected = replica.health
             elif not error.retryable:
                 if not isinstance(error, DeadlineExceeded):
                     replica.health = self._breaker.after_answer(replica.health)
                 return
             replica.failures += 1
             replica.last_error = str(error)
+        if ejected is not None:
+            out_s = ejected.until - now
+            log.warning("%s is left alone for %.1f s: %d faults in a row, the last a %s",
+                        replica.url.text, out_s, ejected.faults, brief(error))  # fmt: skip
 
     def abandoned(self, replica: Replica, since: float, *, outrun: bool = False) -> None:
         """Nobody waits for the answer any more: it was `outrun` by a copy, or the call is given up."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import logging
 import math
 import random
 import time
@@ -14,11 +15,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from remote_ops.deadline import Deadline
-from remote_ops.errors import DeadlineExceeded, RemoteOpsError
+from remote_ops.errors import DeadlineExceeded, RemoteOpsError, brief
 from remote_ops.headers import Headers
 from remote_ops.policy import Retry
 from remote_ops.replicas import Replica, Replicas
-from remote_ops.transport import Call
+from remote_ops.telemetry import SendingSpan, log, tracing
+from remote_ops.transport import Call, Reply
 from remote_ops.wire import Ask
 
 __all__ = ["Attempts", "Failed", "Sending", "first_answer"]
@@ -38,77 +40,111 @@ class Failed(Exception):
 class Sending:
     """One request of a call to one replica: it begins, and then ends in one of three ways."""
 
-    __slots__ = ("_first", "_measured", "_replicas", "_since", "call", "outrun", "replica")
+    __slots__ = ("_attempts", "_copy", "_number", "_reply", "_since", "_span", "call", "outrun", "replica")
 
-    def __init__(self, replicas: Replicas, replica: Replica, call: Call, *, first: bool, measured: bool) -> None:
-        self._replicas = replicas
-        self._first = first
-        self._measured = measured
+    def __init__(self, attempts: Attempts, replica: Replica, call: Call, number: int, *, copy: bool) -> None:
+        self._attempts = attempts
+        self._number = number
+        self._copy = copy
         self._since = 0.0
+        self._span: SendingSpan | None = None
+        self._reply: Reply | None = None
         self.replica = replica
         self.call = call
         self.outrun = False
 
     def begin(self) -> None:
-        self._since = self._replicas.begin(self.replica, first=self._first)
+        attempts = self._attempts
+        self._since = attempts.replicas.begin(self.replica, first=self._number == 1 and not self._copy)
+        if tracing():
+            self._span = SendingSpan(
+                self.call,
+                attempt=self._number,
+                copy=self._copy,
+                runs=attempts.ask.runs,
+                unless=attempts.headers.lowered,
+            )
+            self.call = self.call._replace(headers=(*self.call.headers, *self._span.headers))
+
+    def read(self, reply: Reply) -> Any:
+        """What the reply says; raises the error that it tells of."""
+        self._reply = reply
+        return self._attempts.ask.read(reply, self.call.url.text)
 
     def answered(self) -> None:
-        self._replicas.answered(self.replica, self._since, measured=self._measured)
+        self._attempts.replicas.answered(self.replica, self._since, measured=self._attempts.ask.runs)
+        self._told("answered")
 
     def failed(self, error: RemoteOpsError) -> None:
-        self._replicas.failed(self.replica, self._since, error)
+        self._attempts.replicas.failed(self.replica, self._since, error)
+        self._told("failed", error)
 
     def abandoned(self) -> None:
-        self._replicas.abandoned(self.replica, self._since, outrun=self.outrun)
+        self._attempts.replicas.abandoned(self.replica, self._since, outrun=self.outrun)
+        self._told("outrun" if self.outrun else "given up")
+
+    def _told(self, how: str, error: RemoteOpsError | None = None) -> None:
+        if self._span is not None:
+            self._span.end(how, self._reply, error)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug(
+                "%s %s, attempt %d%s: %s after %.3f s; %d bytes sent, %s",
+                self.call.url.method,
+                self.call.url.text,
+                self._number,
+                " (a copy)" if self._copy else "",
+                brief(error) if error else how,
+                time.monotonic() - self._since,
+                sum(map(len, self.call.body)),
+                "none received" if self._reply is None else f"{len(self._reply.body)} received",
+            )
 
 
 class Attempts:
     """The sendings of one call: which replica next, when, and what an error means for it."""
 
-    __slots__ = ("_headers", "_next", "_replicas", "_retry", "_since", "_told", "_tried", "ask", "bound", "number")
+    __slots__ = ("_next", "_retry", "_since", "_told", "_tried", "ask", "bound", "headers", "number", "replicas")
 
     def __init__(self, ask: Ask, bound: Deadline, replicas: Replicas, retry: Retry, headers: Headers) -> None:
         self.ask = ask
         self.bound = bound
         self.number = 0
-        self._replicas = replicas
+        self.replicas = replicas
+        self.headers = headers
         self._retry = retry
-        self._headers = headers
         self._tried: list[Replica] = []
         self._told: dict[Replica, str] = {}
         self._since = time.monotonic()
 
     def first(self) -> Sending:
-        return self._sending(self._replicas.next(()))
+        return self._sending(self.replicas.next(()))
 
     def again(self) -> Sending:
         return self._sending(self._next)
 
     def second(self) -> Sending | None:
         """A copy of the sending that is on its way; None if the budgets do not allow it."""
-        replicas = self._replicas
+        replicas = self.replicas
         if self.bound.expired() or not replicas.spend(on_copy=True):
             return None
-        self.number -= 1
-        return self._sending(replicas.next(self._tried))
+        return self._sending(replicas.next(self._tried), copy=True)
 
-    def _sending(self, replica: Replica) -> Sending:
-        headers = (*self._headers.resolve(), *self.ask.headers)
+    def _sending(self, replica: Replica, *, copy: bool = False) -> Sending:
+        headers = (*self.headers.resolve(), *self.ask.headers)
         left_s = self.bound.remaining()
         if left_s <= 0:
             raise DeadlineExceeded(f"no time left to call {replica.url.text}: the deadline passed {-left_s:.3f} s ago")
-        first = not self._tried
-        self.number += 1
+        self.number += not copy
         self._tried.append(replica)
         if left_s < math.inf:
             headers = (*headers, ("X-Request-Timeout-Ms", str(max(0, min(int(left_s * 1000), _LONGEST_MS)))))
         once = self._retry.attempts == 1 or not self._retry.idempotent
         call = Call(self.ask.aim(replica.url), headers, self.ask.body, once=once)
-        return Sending(self._replicas, replica, call, first=first, measured=self.ask.runs)
+        return Sending(self, replica, call, self.number, copy=copy)
 
     def wait_s(self, sending: Sending, error: RemoteOpsError) -> float:
         """Seconds until the next sending; raises, in full words, if there is none."""
-        replicas = self._replicas
+        replicas = self.replicas
         self._told[sending.replica], note = str(error), ""
         if self._retry.repeats(error, self.number):
             self._next = replicas.next(self._tried)
@@ -126,6 +162,15 @@ class Attempts:
             )
             if wait_s is not None:
                 if self._retry.is_free(error, elsewhere=elsewhere) or replicas.spend():
+                    log.info(
+                        "attempt %d of %d at %s failed: %s; the next in %.3f s at %s",
+                        self.number,
+                        self._retry.attempts,
+                        sending.call.url.text,
+                        brief(error),
+                        wait_s,
+                        self._next.url.text,
+                    )
                     return wait_s
                 note = "; not sent again: retries have used up their share of the calls"
         last = self._last(sending, error, note)
@@ -144,7 +189,7 @@ class Attempts:
             text = str(error)
         others: list[str] = []
         if error.retryable or isinstance(error, DeadlineExceeded):
-            unwell = {replica: replica.last_error for replica in self._replicas.unwell()}
+            unwell = {replica: replica.last_error for replica in self.replicas.unwell()}
             others = [said for replica, said in {**unwell, **self._told}.items() if replica is not sending.replica]
         if others:
             text = f"{text}; {len(others)} more failed: {'; '.join(others)}"

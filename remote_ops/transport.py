@@ -25,6 +25,7 @@ from remote_ops.connection import (
     WAITING,
     AsyncConnection,
     BlockingConnection,
+    Marks,
     Stale,
     expired,
     lost,
@@ -39,7 +40,7 @@ from remote_ops.url import TLS, USER_AGENT, Url
 if TYPE_CHECKING:
     import requests
 
-__all__ = ["Call", "HttpTransport", "Reply", "RequestsTransport", "Transport"]
+__all__ = ["Call", "HttpTransport", "Phases", "Reply", "RequestsTransport", "Transport"]
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
@@ -57,12 +58,22 @@ class Call(NamedTuple):
     once: bool = False
 
 
+class Phases(NamedTuple):
+    """How long each part of an exchange took, in seconds; `connecting_s` is None for a kept connection."""
+
+    connecting_s: float | None
+    sending_s: float
+    waiting_s: float
+    receiving_s: float
+
+
 class Reply(NamedTuple):
-    """What came back."""
+    """What came back; with its `phases`, where the transport knows them."""
 
     status: int
     headers: Mapping[str, str]
     body: memoryview
+    phases: Phases | None = None
 
 
 class Transport(Protocol):
@@ -128,6 +139,7 @@ class HttpTransport:
         renewed = False
         while True:
             kept = None if renewed else self._reuse(url)
+            since = None if kept else time.monotonic()
             connection = kept or BlockingConnection(url, self._tls_context(url), deadline)
             try:
                 message = connection.exchange(head, call.body, deadline, self._buffers)
@@ -144,7 +156,7 @@ class HttpTransport:
                     self._keep(url, connection)
                 else:
                     connection.close()
-                return Reply(message.head.status, message.head.headers, message.body)
+                return _reply(message, since, connection.marks)
 
     async def aexchange(self, call: Call, deadline: Deadline) -> Reply:
         """Send and receive on the running loop; cancelling it closes the connection."""
@@ -175,6 +187,7 @@ class HttpTransport:
                 candidate.close()
             else:
                 connection = candidate
+        since = None if connection else time.monotonic()
         if connection is None:
             connection = await open_on_loop(call.url, self._tls_context(call.url), self._buffers)
         used.append(connection)
@@ -188,7 +201,7 @@ class HttpTransport:
             kept.append(connection)
         else:
             connection.close()
-        return Reply(message.head.status, message.head.headers, message.body)
+        return _reply(message, since, connection.marks)
 
     def close(self) -> None:
         """Close the idle connections; the next call opens new ones."""
@@ -251,6 +264,13 @@ class HttpTransport:
         if isinstance(error, FramingError) and url.text not in error.message:
             return FramingError(f"the answer is not HTTP/1.1 as we accept it: {error.message} - at {url.text}")
         return error
+
+
+def _reply(message: http1.Message, since: float | None, marks: Marks) -> Reply:
+    began, sent, first = marks
+    connecting_s = None if since is None else began - since
+    phases = Phases(connecting_s, sent - began, first - sent, time.monotonic() - first)
+    return Reply(message.head.status, message.head.headers, message.body, phases)
 
 
 def _address(url: Url) -> str:

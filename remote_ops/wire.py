@@ -9,6 +9,7 @@ and whoever reads an old value makes one request more.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
@@ -25,6 +26,7 @@ from remote_ops.url import Url
 
 __all__ = ["Ask", "GraphPipeWire", "OipWire", "Wire", "speaks_oip", "wire_of"]
 
+log = logging.getLogger("remote_ops")
 Array = npt.NDArray[Any]
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
@@ -150,6 +152,8 @@ class OipWire:
 
         def read(reply: Reply, url: str) -> dict[str, Array]:
             results = oip_results_of(reply, url, wanted)
+            if self._binary is None and not binary:
+                log.info("%s takes tensors as JSON only: it refused them in binary form", url)
             self._binary = binary
             return results
 

@@ -24,6 +24,7 @@ ROOMS = (
     ("transport", "background"),
     ("replies",),
     ("wire",),
+    ("telemetry",),
     ("sendings",),
     ("client",),
     ("servable",),
@@ -49,6 +50,7 @@ OWNERS = {
     "tensorflow": "remote_ops/tf/",
     "onnxruntime": "remote_ops/onnx.py",
     "networkx": "ensemble/graph.py",
+    "opentelemetry": "remote_ops/telemetry.py",
 }
 
 # Rooms without I/O, and policy without a clock.

@@ -1,0 +1,135 @@
+"""What others see of a call: a line in the log, and spans of OpenTelemetry with the header that carries them on.
+
+It knows when a sending begins and how it ends, and changes nothing about that. No tensor, header value, query of a URL
+or word of a server goes into a line or a span.
+
+OpenTelemetry is used once the program has loaded it, and never loaded from here: until then a call looks into
+`sys.modules` and that is all. State: `_loaded`, what was found there, made anew if that is another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from remote_ops.errors import brief
+from remote_ops.transport import Call, Reply
+from remote_ops.url import Url
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span, Tracer
+
+__all__ = ["SendingSpan", "call_span", "log", "tracing"]
+
+log = logging.getLogger("remote_ops")
+
+
+def tracing() -> bool:
+    """Whether the program has loaded OpenTelemetry, and is through with it."""
+    trace = sys.modules.get("opentelemetry.trace")
+    return trace is not None and not getattr(trace.__spec__, "_initializing", False)
+
+
+class _Loaded:
+    """What we use of OpenTelemetry: looked up once, since an import inside a function is a microsecond each time."""
+
+    def __init__(self, trace: Any) -> None:
+        from opentelemetry import propagate
+
+        self.trace = trace
+        self.tracer: Tracer = trace.get_tracer("remote_ops", schema_url="https://opentelemetry.io/schemas/1.27.0")
+        self.inject = propagate.inject
+
+
+_loaded: _Loaded | None = None
+
+
+def _opentelemetry() -> _Loaded:
+    global _loaded
+    trace = sys.modules["opentelemetry.trace"]
+    if _loaded is None or _loaded.trace is not trace:
+        _loaded = _Loaded(trace)
+    return _loaded
+
+
+def _path(url: Url) -> str:
+    return url.target.partition("?")[0]
+
+
+def _fail(span: Span, error: BaseException) -> None:
+    span.set_attribute("error.type", type(error).__name__)
+    span.set_status(_opentelemetry().trace.StatusCode.ERROR, brief(error))
+
+
+@contextlib.contextmanager
+def call_span(what: str, url: Url) -> Iterator[None]:
+    """A span around a call with all its sendings; only where `tracing()`."""
+    with _opentelemetry().tracer.start_as_current_span(
+        f"{what} {_path(url)}",
+        attributes={"remote_ops.endpoint": url.text},
+        record_exception=False,
+        set_status_on_exception=False,
+    ) as span:
+        try:
+            yield
+        except BaseException as error:
+            _fail(span, error)
+            raise
+
+
+class SendingSpan:
+    """The span of one request; only where `tracing()`. Attributes of the semantic conventions of HTTP, and our own.
+
+    Args:
+        call: what is sent.
+        attempt: which sending of its call this is, from 1.
+        copy: whether it is the hedge of another.
+        runs: whether the model runs for it.
+        unless: names of headers, in lower case, that the caller sets, and that are therefore not ours to set.
+    """
+
+    def __init__(self, call: Call, *, attempt: int, copy: bool, runs: bool, unless: Collection[str]) -> None:
+        url, loaded = call.url, _opentelemetry()
+        self._span = loaded.tracer.start_span(f"{url.method} {_path(url)}", kind=loaded.trace.SpanKind.CLIENT)
+        carrier: dict[str, str] = {}
+        loaded.inject(carrier, loaded.trace.set_span_in_context(self._span))
+        self.headers = tuple([(name, value) for name, value in carrier.items() if name.lower() not in unless])
+        if not self._span.is_recording():
+            return
+        attributes: dict[str, Any] = {
+            "http.request.method": url.method,
+            "http.request.body.size": sum(map(len, call.body)),
+            "url.full": url.text,
+            "server.address": url.unix_path or url.address or url.host,
+            "remote_ops.replica": url.text,
+            "remote_ops.message": "infer" if runs else "metadata",
+            "remote_ops.attempt": attempt,
+            "remote_ops.hedge": copy,
+        }
+        if url.port:
+            attributes["server.port"] = url.port
+        if attempt > 1:
+            attributes["http.request.resend_count"] = attempt - 1
+        self._span.set_attributes(attributes)
+
+    def end(self, outcome: str, reply: Reply | None, error: BaseException | None) -> None:
+        """End it: with what came, with what went wrong, or with both."""
+        if self._span.is_recording():
+            self._span.set_attribute("remote_ops.outcome", outcome)
+            if reply is not None:
+                self._span.set_attributes(_of_reply(reply))
+            if error is not None:
+                _fail(self._span, error)
+        self._span.end()
+
+
+def _of_reply(reply: Reply) -> Mapping[str, Any]:
+    phases = {} if reply.phases is None else reply.phases._asdict()
+    return {
+        "http.response.status_code": reply.status,
+        "http.response.body.size": len(reply.body),
+        **{f"remote_ops.{phase}": seconds for phase, seconds in phases.items() if seconds is not None},
+    }
