@@ -672,6 +672,20 @@ def test_every_answer_of_sixteen_threads_belongs_to_its_request(count: int) -> N
         assert in_flight(endpoint) == 0
 
 
+@pytest.mark.parametrize("took_s", [(0.01, 0.01, 0.01), (0.01, 0.02, 0.029)], ids=["alike", "nearly alike"])
+def test_replicas_that_answer_alike_take_exact_turns(took_s: tuple[float, ...]) -> None:
+    now = 0.0
+    urls = [Url.parse(f"http://gpu{number}/m") for number in range(3)]
+    replicas = Replicas(urls, Retry(), None, Breaker(), clock=lambda: now)
+    for _ in range(30):
+        replica = replicas.next(())
+        since = replicas.begin(replica, first=True)
+        now += took_s[urls.index(replica.url)]
+        replicas.answered(replica, since)
+    assert [one.sent for one in replicas.stats()] == [10, 10, 10]
+
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("hedge", [None, Hedge(after_s=0.05)])
 def test_a_fork_with_calls_in_flight_harms_neither_side(hedge: Hedge | None) -> None:
