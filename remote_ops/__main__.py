@@ -1,41 +1,91 @@
-"""`remote-ops metadata URL`: ask a server what it serves. It prints; the work is `Endpoint`'s."""
+"""`remote-ops metadata URL`: the command line. It turns flags into calls of `cli`, and errors into statuses."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from remote_ops import __version__
+from remote_ops.cli import text
+from remote_ops.cli.arguments import headers_of, seconds
 from remote_ops.client import Endpoint
 from remote_ops.errors import RemoteOpsError, SpecError
 
 __all__ = ["main"]
 
+_INTERRUPTED, _NOBODY_READS = 130, 141  # what a shell says of a process that SIGINT or SIGPIPE ended
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 if it worked, 1 if the server did not, 2 if the arguments are wrong."""
-    parser = argparse.ArgumentParser(prog="remote-ops", description="Ask models on other machines.")
-    parser.add_argument("-V", "--version", action="version", version=f"remote-ops {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    metadata = commands.add_parser("metadata", help="print what the model at a URL takes and gives")
-    metadata.add_argument("url", help="http://host:port/model")
-    metadata.add_argument("--timeout-s", type=float, default=10.0, help="default: %(default)s")
-    args = parser.parse_args(argv)
     try:
-        print(_metadata(Endpoint(args.url, args.timeout_s)))
+        try:
+            args = _parser().parse_args(argv)
+            status: int = args.run(args)
+            return status
+        finally:
+            print(end="", flush=True)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     except RemoteOpsError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(text.printable(f"{type(error).__name__}: {error}"), file=sys.stderr)
         return 2 if isinstance(error, SpecError) else 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more to write there
+        return _NOBODY_READS
+    except (OSError, MemoryError) as error:  # a disk that is full
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+# --------------------------------------------------------------------------- commands
+
+
+def _metadata(args: argparse.Namespace) -> int:
+    with Endpoint(args.url, args.timeout_s, headers_of(args.header)) as endpoint:
+        signature = endpoint.signature
+    print(text.as_json(signature) if args.json else text.as_text(signature))
     return 0
 
 
-def _metadata(endpoint: Endpoint) -> str:
-    signature = endpoint.signature
-    lines = [" ".join(filter(None, (signature.name or "(no name)", signature.version, signature.description)))]
-    lines += [f"  in   {spec.name}: {spec}" for spec in signature.inputs]
-    lines += [f"  out  {spec.name}: {spec}" for spec in signature.outputs]
-    return "\n".join([*lines, *(f"  can  {feature}" for feature in signature.features)])
+# --------------------------------------------------------------------------- flags
+
+_STATUS = "It exits with 0 if it worked, 1 if the server or the way there failed, 2 if the arguments are wrong."
+_METADATA = """\
+Print what the model at a URL takes and gives; -1 is any size.
+
+  remote-ops metadata http://127.0.0.1:9000/
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="remote-ops", description="Ask models on other machines.")
+    parser.add_argument("-V", "--version", action="version", version=f"remote-ops {__version__}")
+    found = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_metadata,):
+        add(partial(found.add_parser, formatter_class=argparse.RawDescriptionHelpFormatter))
+    return parser
+
+
+def _add_metadata(command: Callable[..., argparse.ArgumentParser]) -> None:
+    brief = "print what the model at a URL takes and gives"
+    parser = command("metadata", help=brief, description=_METADATA, epilog=_STATUS)
+    parser.set_defaults(run=_metadata)
+    _add_address(parser, timeout_s=10.0)
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+
+def _add_address(parser: argparse.ArgumentParser, *, timeout_s: float, several: bool = False) -> None:
+    parser.add_argument("url", nargs="+" if several else None, metavar="URL",
+        help="http://HOST:PORT/MODEL, or for the Open Inference Protocol .../v2/models/NAME")  # fmt: skip
+    what = "each request" if several else "everything, retries included"
+    parser.add_argument("--timeout-s", type=seconds, default=timeout_s, metavar="S",
+        help=f"seconds for {what} (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--header", action="append", default=[], metavar="'NAME: VALUE'",
+        help="sent with every request; ${NAME}, in single quotes, is read from the environment; repeat")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from rawpeer import Conversation, Script, peer, unreachable
 
 import server_ref
 from remote_ops import FunctionServable, Signature, TensorSpec, __version__, graphpipe
-from remote_ops.__main__ import main
+from remote_ops.__main__ import _parser, main
 
 X, Y = TensorSpec("x", "bfloat16", (-1, 4)), TensorSpec("y", "int64", ())
+Printed = pytest.CaptureFixture[str]
 
 
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "remote_ops", *args], capture_output=True, text=True, check=False)
+def run(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "remote_ops", *args], capture_output=True, text=True, check=False, **options
+    )
+
+
+# --------------------------------------------------------------------------- metadata
 
 
 def test_metadata_prints_the_signature_of_a_served_model() -> None:
@@ -90,3 +104,142 @@ def test_a_url_that_is_none_exits_with_2_and_is_not_repeated_where_it_holds_a_se
     printed = capsys.readouterr().err
     assert printed.startswith("SpecError")
     assert "hush" not in printed
+
+
+def test_metadata_for_programs_is_json(capsys: Printed) -> None:
+    signature = Signature((X,), (TensorSpec("y", "any", None),), name="m", features=("vjp",))
+    with peer(describing(signature)) as there:
+        assert main(["metadata", there.url, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    rest = {"description": "", "differentiable": False}
+    assert told["inputs"] == [{"name": "x", "dtype": "bfloat16", "shape": [-1, 4], **rest}]
+    assert told["outputs"] == [{"name": "y", "dtype": "any", "shape": None, **rest}]
+    assert (told["name"], told["features"]) == ("m", ["vjp"])
+
+
+@pytest.mark.parametrize("command", ["metadata"])
+def test_headers_are_sent_and_may_name_variables(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: Printed
+) -> None:
+    monkeypatch.setenv("MODEL_TOKEN", "s3cr3t")
+    seen: list[dict[str, str]] = []
+
+    def script(conversation: Conversation) -> None:
+        while (message := conversation.read()) is not None:
+            seen.append(message.headers)
+            conversation.answer(b"go away", "401 X")
+
+    with peer(script) as there:
+        headers = ["--header", "Authorization: Bearer ${MODEL_TOKEN}", "--header", "X-Who:  me "]
+        assert main([command, there.url, *headers]) == 1
+    assert {(one["authorization"], one["x-who"]) for one in seen} == {("Bearer s3cr3t", "me")}
+    assert "s3cr3t" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("headers", "said"),
+    [
+        (["Authorization Bearer hush"], "expected 'NAME: VALUE', got no colon"),
+        (["X-A: hush", "X-A: hush"], "header 'X-A' is given twice"),
+        (["X-A: h\u00fcsh"], "beyond ASCII"),
+        (["Host: hush"], "no header of this name can be set: 'Host'"),
+        (["X-A: ${NOT_SET_ANYWHERE}hush"], "needs the environment variable NOT_SET_ANYWHERE"),
+    ],
+)
+@pytest.mark.parametrize("command", ["metadata"])
+def test_a_header_that_is_none_exits_with_2_and_is_not_repeated(
+    command: str, headers: list[str], said: str, capsys: Printed
+) -> None:
+    flags = [word for header in headers for word in ("--header", header)]
+    assert main([command, "http://127.0.0.1:1/m", *flags]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("SpecError")
+    assert said in printed.err
+    assert "hush" not in printed.err
+    assert "h\u00fcsh" not in printed.err
+    assert printed.out == ""
+
+
+def test_what_a_server_says_does_nothing_to_the_terminal(capsys: Printed) -> None:
+    wild = Signature((), (Y,), name="m\x1b[2J", description="two\nlines")
+    with peer(describing(wild)) as there:
+        assert main(["metadata", there.url]) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0] == r"m\x1b[2J two\nlines"
+    assert "\x1b" not in printed
+
+
+MODELS = {"stats": FunctionServable(lambda x: 0, [X], [Y])}
+
+
+@pytest.fixture(scope="module")
+def models() -> Iterator[str]:
+    with server_ref.running(MODELS) as url:
+        yield url
+
+
+# --------------------------------------------------------------------------- flags, signals and pipes
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["metadata", "http://h/", "--timeout-s", "-1"], "expected a number of seconds, 0 to 1,000,000, got '-1'"),
+        (["metadata", "http://h/", "--timeout-s", "1e300"], "expected a number of seconds"),
+        (["metadata", "http://h/", "--timeout-s", "nan"], "expected a number of seconds"),
+        (["metadata"], "required: URL"),
+        (["pong", "http://h/"], "invalid choice: 'pong'"),
+    ],
+)
+def test_flags_that_are_none_exit_with_2(args: list[str], said: str, capsys: Printed) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["metadata"])
+def test_help_shows_an_example_that_is_one(command: str, capsys: Printed) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    examples = re.findall(rf"remote-ops ({command} http[^|\n]*)", capsys.readouterr().out)
+    assert examples
+    for example in examples:
+        _parser().parse_args(shlex.split(example))
+
+
+@pytest.mark.parametrize("command", ["metadata"])
+def test_ctrl_c_exits_with_130_and_says_nothing(command: str) -> None:
+    asked = threading.Event()
+
+    def hang(conversation: Conversation) -> None:
+        conversation.read()
+        asked.set()
+        conversation.read()
+
+    with peer(hang) as there:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "remote_ops", command, there.url, "--timeout-s", "60"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        with process:
+            assert asked.wait(30)
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize("args", [["metadata", "{}stats"], ["metadata", "--help"]])
+def test_a_reader_that_is_gone_gives_no_traceback(args: list[str], models: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "remote_ops", *[arg.format(models) for arg in args]],
+        stdout=write,
+        stderr=subprocess.PIPE,
+    )
+    os.close(write)
+    assert done.returncode in ((0, 141) if "--help" in args else (141,))  # argparse passes over it if it can
+    assert b"Traceback" not in done.stderr
+    assert b"BrokenPipe" not in done.stderr

@@ -29,6 +29,7 @@ ROOMS = (
     ("client",),
     ("servable",),
     ("torch", "tf", "onnx"),
+    ("cli",),
     ("__init__",),
     ("__main__",),
 )
@@ -155,6 +156,7 @@ def test_every_package_is_read(package: str) -> None:
         ("remote_ops/client.py", "from remote_ops import Endpoint", "may not import remote_ops.__init__"),
         ("remote_ops/client.py", "from . import Endpoint", "may not import remote_ops.__init__"),
         ("remote_ops/client.py", "def f():\n    from .torch import RemoteModule", "import remote_ops.torch"),
+        ("remote_ops/client.py", "from remote_ops.cli import text", "may not import remote_ops.cli"),
         ("remote_ops/torch/graph.py", "from ..tf import remote_op", "may not import remote_ops.tf"),
         ("remote_ops/servable.py", "from .onnx import OnnxModel", "may not import remote_ops.onnx"),
         ("remote_ops/servable.py", "def f():\n    import server_ref", "may not import server_ref"),

@@ -1,0 +1,1 @@
+"""What the command `remote-ops` does. It is no library, `remote_ops.Endpoint` is; flags are `__main__`'s affair."""
