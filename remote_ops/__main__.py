@@ -1,4 +1,4 @@
-"""`remote-ops metadata URL`: the command line. It turns flags into calls of `cli`, and errors into statuses."""
+"""`remote-ops metadata|ping`: the command line. It turns flags into calls of `cli`, and errors into statuses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from functools import partial
 
 from remote_ops import __version__
 from remote_ops.cli import text
-from remote_ops.cli.arguments import headers_of, seconds
+from remote_ops.cli.arguments import headers_of, seconds, whole
+from remote_ops.cli.ping import line, ping
 from remote_ops.client import Endpoint
 from remote_ops.errors import RemoteOpsError, SpecError
 
@@ -51,6 +52,21 @@ def _metadata(args: argparse.Namespace) -> int:
     return 0
 
 
+def _ping(args: argparse.Namespace) -> int:
+    answers = ping(
+        args.url,
+        headers=headers_of(args.header),
+        count=args.count,
+        interval_s=args.interval_s,
+        timeout_s=args.timeout_s,
+    )
+    status = 0
+    for pings in answers:
+        print(line(pings), flush=True)
+        status = 1 if pings.errors else status
+    return status
+
+
 # --------------------------------------------------------------------------- flags
 
 _STATUS = "It exits with 0 if it worked, 1 if the server or the way there failed, 2 if the arguments are wrong."
@@ -59,13 +75,19 @@ Print what the model at a URL takes and gives; -1 is any size.
 
   remote-ops metadata http://127.0.0.1:9000/
 """
+_PING = """\
+Ask the models at all the URLs at once whether they are there, and how long that takes. Nothing is tried again.
+
+  remote-ops ping http://gpu1:9000/resnet http://gpu2:9000/resnet
+"""
+_PING_STATUS = "It exits with 0 if all requests were answered, 1 if any was not, 2 if the arguments are wrong."
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="remote-ops", description="Ask models on other machines.")
     parser.add_argument("-V", "--version", action="version", version=f"remote-ops {__version__}")
     found = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_metadata,):
+    for add in (_add_metadata, _add_ping):
         add(partial(found.add_parser, formatter_class=argparse.RawDescriptionHelpFormatter))
     return parser
 
@@ -76,6 +98,17 @@ def _add_metadata(command: Callable[..., argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=_metadata)
     _add_address(parser, timeout_s=10.0)
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+
+def _add_ping(command: Callable[..., argparse.ArgumentParser]) -> None:
+    brief = "ask whether models are there, and how long that takes"
+    parser = command("ping", help=brief, description=_PING, epilog=_PING_STATUS)
+    parser.set_defaults(run=_ping)
+    _add_address(parser, timeout_s=5.0, several=True)
+    parser.add_argument("-c", "--count", type=whole(1), default=3, metavar="N",
+        help="requests to each URL (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--interval-s", type=seconds, default=0.2, metavar="S",
+        help="seconds between the requests to a URL (default: %(default)s)")  # fmt: skip
 
 
 def _add_address(parser: argparse.ArgumentParser, *, timeout_s: float, several: bool = False) -> None:

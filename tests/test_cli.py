@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from rawpeer import Conversation, Script, peer, unreachable
+from rawpeer import Conversation, Message, Script, peer, unreachable
 
 import server_ref
 from remote_ops import FunctionServable, Signature, TensorSpec, __version__, graphpipe
@@ -117,7 +117,7 @@ def test_metadata_for_programs_is_json(capsys: Printed) -> None:
     assert (told["name"], told["features"]) == ("m", ["vjp"])
 
 
-@pytest.mark.parametrize("command", ["metadata"])
+@pytest.mark.parametrize("command", ["metadata", "ping"])
 def test_headers_are_sent_and_may_name_variables(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: Printed
 ) -> None:
@@ -146,7 +146,7 @@ def test_headers_are_sent_and_may_name_variables(
         (["X-A: ${NOT_SET_ANYWHERE}hush"], "needs the environment variable NOT_SET_ANYWHERE"),
     ],
 )
-@pytest.mark.parametrize("command", ["metadata"])
+@pytest.mark.parametrize("command", ["metadata", "ping"])
 def test_a_header_that_is_none_exits_with_2_and_is_not_repeated(
     command: str, headers: list[str], said: str, capsys: Printed
 ) -> None:
@@ -163,13 +163,13 @@ def test_a_header_that_is_none_exits_with_2_and_is_not_repeated(
 def test_what_a_server_says_does_nothing_to_the_terminal(capsys: Printed) -> None:
     wild = Signature((), (Y,), name="m\x1b[2J", description="two\nlines")
     with peer(describing(wild)) as there:
-        assert main(["metadata", there.url]) == 0
+        assert main(["metadata", there.url]) == main(["ping", there.url, "-c", "1"]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[0] == r"m\x1b[2J two\nlines"
     assert "\x1b" not in printed
 
 
-MODELS = {"stats": FunctionServable(lambda x: 0, [X], [Y])}
+MODELS = {name: FunctionServable(lambda x: 0, [X], [Y], name=name) for name in ("stats", "sum")}
 
 
 @pytest.fixture(scope="module")
@@ -178,16 +178,104 @@ def models() -> Iterator[str]:
         yield url
 
 
+# --------------------------------------------------------------------------- ping
+
+
+def masked(text: str) -> str:
+    """Without the times that a run took."""
+    return re.sub(r"\d+\.\d(?= ms| median| max)", "_", text)
+
+
+def test_ping_prints_a_line_for_each_url_in_their_order(models: str) -> None:
+    urls = [f"{models}stats", "http://127.0.0.1:1/m", f"{models}stat"]
+    done = run("ping", *urls)
+    up, refused, none = masked(done.stdout).splitlines()
+    times = "first _ ms with connecting, then min _ median _ max _ ms"
+    assert up == f"up     {urls[0]}  stats  {times}"
+    assert refused.startswith(f"down   {urls[1]}  ConnectError: cannot connect to 127.0.0.1:1 (Connection refused)")
+    assert none.startswith(f"down   {urls[2]}  ModelNotFound: no model '/stat'")
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_ping_exits_with_0_if_all_answered(models: str, capsys: Printed) -> None:
+    assert main(["ping", f"{models}stats", f"{models}sum", "--count", "2", "--interval-s", "0"]) == 0
+    assert [row.split()[0] for row in capsys.readouterr().out.splitlines()] == ["up", "up"]
+
+
+def test_ping_of_one_request_says_that_it_includes_connecting(models: str, capsys: Printed) -> None:
+    assert main(["ping", f"{models}stats", "--count", "1"]) == 0
+    assert masked(capsys.readouterr().out) == f"up     {models}stats  stats  _ ms with connecting\n"
+
+
+def test_ping_asks_each_time_over_one_connection() -> None:
+    asked: list[Message] = []
+
+    def script(conversation: Conversation) -> None:
+        while (message := conversation.read()) is not None:
+            asked.append(message)
+            conversation.answer(graphpipe.encode_metadata(Signature((), (Y,))))
+
+    with peer(script) as there:
+        assert main(["ping", there.url, "--count", "5", "--interval-s", "0"]) == 0
+        assert (len(asked), there.connections) == (5, 1)
+
+
+def test_ping_does_not_try_again() -> None:
+    asked: list[Message] = []
+
+    def script(conversation: Conversation) -> None:
+        while (message := conversation.read()) is not None:
+            asked.append(message)
+            conversation.answer(b"", "503 X")
+
+    with peer(script) as there:
+        assert main(["ping", there.url, "--count", "2", "--interval-s", "0"]) == 1
+    assert len(asked) == 2
+
+
+def test_ping_tells_of_a_url_that_answers_only_sometimes(capsys: Printed) -> None:
+    turns = iter(["200 OK", "503 X", "200 OK"])
+
+    def script(conversation: Conversation) -> None:
+        while conversation.read() is not None:
+            conversation.answer(graphpipe.encode_metadata(Signature((), (Y,), name="m")), next(turns))
+
+    with peer(script) as there:
+        assert main(["ping", there.url, "--interval-s", "0"]) == 1
+    start = f"flaky  {there.url}  m  first _ ms with connecting, then min _ median _ max _ ms  1 of 3 failed  "
+    assert masked(capsys.readouterr().out).startswith(start)
+
+
+def test_urls_that_do_not_answer_cost_one_timeout_in_all(capsys: Printed) -> None:
+    with unreachable() as one, unreachable() as other:
+        since = time.monotonic()
+        assert main(["ping", one, other, one, "--timeout-s", "0.5", "--count", "9"]) == 1
+        assert time.monotonic() - since < 1.4  # one after the other they would take 1.5 s
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 3
+    assert all("DeadlineExceeded: no answer from" in row for row in rows)
+
+
+def test_ping_sends_nothing_if_one_url_is_none(capsys: Printed) -> None:
+    with peer(describing(Signature((), (Y,)))) as there:
+        assert main(["ping", there.url, "nowhere"]) == 2
+        assert there.connections == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith("SpecError: no URL of a model")
+    assert printed.out == ""
+
+
 # --------------------------------------------------------------------------- flags, signals and pipes
 
 
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["metadata", "http://h/", "--timeout-s", "-1"], "expected a number of seconds, 0 to 1,000,000, got '-1'"),
-        (["metadata", "http://h/", "--timeout-s", "1e300"], "expected a number of seconds"),
-        (["metadata", "http://h/", "--timeout-s", "nan"], "expected a number of seconds"),
-        (["metadata"], "required: URL"),
+        (["ping", "http://h/", "--count", "0"], "expected a whole number, 1 or more, got '0'"),
+        (["ping", "http://h/", "--interval-s", "-1"], "expected a number of seconds, 0 to 1,000,000, got '-1'"),
+        (["ping", "http://h/", "--interval-s", "1e300"], "expected a number of seconds"),
+        (["ping", "http://h/", "--timeout-s", "nan"], "expected a number of seconds"),
+        (["ping"], "required: URL"),
         (["pong", "http://h/"], "invalid choice: 'pong'"),
     ],
 )
@@ -198,7 +286,7 @@ def test_flags_that_are_none_exit_with_2(args: list[str], said: str, capsys: Pri
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["metadata"])
+@pytest.mark.parametrize("command", ["metadata", "ping"])
 def test_help_shows_an_example_that_is_one(command: str, capsys: Printed) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
@@ -209,7 +297,7 @@ def test_help_shows_an_example_that_is_one(command: str, capsys: Printed) -> Non
         _parser().parse_args(shlex.split(example))
 
 
-@pytest.mark.parametrize("command", ["metadata"])
+@pytest.mark.parametrize("command", ["metadata", "ping"])
 def test_ctrl_c_exits_with_130_and_says_nothing(command: str) -> None:
     asked = threading.Event()
 
@@ -230,7 +318,7 @@ def test_ctrl_c_exits_with_130_and_says_nothing(command: str) -> None:
     assert process.returncode == 130
 
 
-@pytest.mark.parametrize("args", [["metadata", "{}stats"], ["metadata", "--help"]])
+@pytest.mark.parametrize("args", [["metadata", "{}stats"], ["ping", "{}stats"], ["metadata", "--help"]])
 def test_a_reader_that_is_gone_gives_no_traceback(args: list[str], models: str) -> None:
     read, write = os.pipe()
     os.close(read)

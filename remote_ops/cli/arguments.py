@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from remote_ops.errors import SpecError
 
-__all__ = ["headers_of", "seconds"]
+__all__ = ["headers_of", "seconds", "whole"]
 
 
 def headers_of(texts: Sequence[str]) -> dict[str, str]:
@@ -37,3 +37,14 @@ def seconds(text: str) -> float:
         if 0 <= float(text) <= _MOST_S:
             return float(text)
     raise argparse.ArgumentTypeError(f"expected a number of seconds, 0 to {_MOST_S:,.0f}, got '{text}'")
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """What reads a whole number from `least`, for argparse."""
+
+    def read(text: str) -> int:
+        if text.isdecimal() and len(text) < 10 and int(text) >= least:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more, got '{text}'")
+
+    return read
