@@ -1,4 +1,4 @@
-"""`remote-ops metadata|ping`: the command line. It turns flags into calls of `cli`, and errors into statuses."""
+"""`remote-ops metadata|call|ping`: the command line. It turns flags into calls of `cli`, and errors into statuses."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from functools import partial
 
 from remote_ops import __version__
 from remote_ops.cli import text
-from remote_ops.cli.arguments import headers_of, seconds, whole
+from remote_ops.cli.arguments import config_of, headers_of, inputs_of, outputs_of, seconds, whole
+from remote_ops.cli.call import call
 from remote_ops.cli.ping import line, ping
 from remote_ops.client import Endpoint
-from remote_ops.errors import RemoteOpsError, SpecError
+from remote_ops.errors import EncodeError, RemoteOpsError, SignatureError, SpecError
+from remote_ops.policy import Retry
 
 __all__ = ["main"]
 
+_ARGUMENTS = (SpecError, SignatureError, EncodeError)
 _INTERRUPTED, _NOBODY_READS = 130, 141  # what a shell says of a process that SIGINT or SIGPIPE ended
 
 
@@ -33,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
     except RemoteOpsError as error:
         print(text.printable(f"{type(error).__name__}: {error}"), file=sys.stderr)
-        return 2 if isinstance(error, SpecError) else 1
+        return 2 if isinstance(error, _ARGUMENTS) else 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more to write there
         return _NOBODY_READS
@@ -49,6 +52,14 @@ def _metadata(args: argparse.Namespace) -> int:
     with Endpoint(args.url, args.timeout_s, headers_of(args.header)) as endpoint:
         signature = endpoint.signature
     print(text.as_json(signature) if args.json else text.as_text(signature))
+    return 0
+
+
+def _call(args: argparse.Namespace) -> int:
+    retry = Retry(attempts=args.retries + 1)
+    with Endpoint(args.url, args.timeout_s, headers_of(args.header), retry=retry) as endpoint:
+        outputs, config, inputs = outputs_of(args.output), config_of(args.config), inputs_of(args.input)
+        call(endpoint, inputs, outputs, config, timeout_s=args.timeout_s)
     return 0
 
 
@@ -75,6 +86,13 @@ Print what the model at a URL takes and gives; -1 is any size.
 
   remote-ops metadata http://127.0.0.1:9000/
 """
+_CALL = """\
+Call the model at a URL once, and print its outputs or save them.
+
+  remote-ops call http://127.0.0.1:9000/ --input x=arr.npy
+  remote-ops call http://127.0.0.1:9000/ --input 'x=[[1, 2, 3]]' --output y=result.npy
+  make-array | remote-ops call http://127.0.0.1:9000/ --input x=- --output y=- | use-array
+"""
 _PING = """\
 Ask the models at all the URLs at once whether they are there, and how long that takes. Nothing is tried again.
 
@@ -87,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="remote-ops", description="Ask models on other machines.")
     parser.add_argument("-V", "--version", action="version", version=f"remote-ops {__version__}")
     found = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_metadata, _add_ping):
+    for add in (_add_metadata, _add_call, _add_ping):
         add(partial(found.add_parser, formatter_class=argparse.RawDescriptionHelpFormatter))
     return parser
 
@@ -98,6 +116,19 @@ def _add_metadata(command: Callable[..., argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=_metadata)
     _add_address(parser, timeout_s=10.0)
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+
+def _add_call(command: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = command("call", help="call the model at a URL", description=_CALL, epilog=_STATUS)
+    parser.set_defaults(run=_call)
+    _add_address(parser, timeout_s=30.0)
+    parser.add_argument("-i", "--input", action="append", default=[], metavar="[NAME=]VALUE",
+        help="a .npy file, '-' for one on stdin, or JSON; repeat for several; unnamed ones go in order")  # fmt: skip
+    parser.add_argument("-o", "--output", action="append", default=[], metavar="NAME[=FILE]",
+        help="an output to ask for (default: all), and a .npy file to save it to, '-' for stdout; repeat")  # fmt: skip
+    parser.add_argument("--config", default="", metavar="TEXT", help="handed to the model; @FILE for what a file holds")
+    parser.add_argument("--retries", type=whole(0), default=Retry().attempts - 1, metavar="N",
+        help="how often to try again what failed for a passing reason (default: %(default)s)")  # fmt: skip
 
 
 def _add_ping(command: Callable[..., argparse.ArgumentParser]) -> None:

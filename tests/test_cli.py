@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -12,16 +14,25 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
 import pytest
-from rawpeer import Conversation, Message, Script, peer, unreachable
+from rawoip import Model, echo, sides
+from rawpeer import Conversation, Message, Script, peer, serving, unreachable
 
 import server_ref
 from remote_ops import FunctionServable, Signature, TensorSpec, __version__, graphpipe
 from remote_ops.__main__ import _parser, main
+from remote_ops.cli import npy
+from remote_ops.errors import SpecError
 
+ROOT = Path(__file__).parents[1]
 X, Y = TensorSpec("x", "bfloat16", (-1, 4)), TensorSpec("y", "int64", ())
+Array = npt.NDArray[Any]
 Printed = pytest.CaptureFixture[str]
 
 
@@ -117,7 +128,7 @@ def test_metadata_for_programs_is_json(capsys: Printed) -> None:
     assert (told["name"], told["features"]) == ("m", ["vjp"])
 
 
-@pytest.mark.parametrize("command", ["metadata", "ping"])
+@pytest.mark.parametrize("command", ["metadata", "call", "ping"])
 def test_headers_are_sent_and_may_name_variables(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: Printed
 ) -> None:
@@ -146,7 +157,7 @@ def test_headers_are_sent_and_may_name_variables(
         (["X-A: ${NOT_SET_ANYWHERE}hush"], "needs the environment variable NOT_SET_ANYWHERE"),
     ],
 )
-@pytest.mark.parametrize("command", ["metadata", "ping"])
+@pytest.mark.parametrize("command", ["metadata", "call", "ping"])
 def test_a_header_that_is_none_exits_with_2_and_is_not_repeated(
     command: str, headers: list[str], said: str, capsys: Printed
 ) -> None:
@@ -169,13 +180,317 @@ def test_what_a_server_says_does_nothing_to_the_terminal(capsys: Printed) -> Non
     assert "\x1b" not in printed
 
 
-MODELS = {name: FunctionServable(lambda x: 0, [X], [Y], name=name) for name in ("stats", "sum")}
+# --------------------------------------------------------------------------- call
+
+
+def stats(x: Array, config: bytes) -> tuple[Array, Array]:
+    return x.mean(1), x.std(1) * np.float32(config or b"1")
+
+
+def shout(s: Array) -> Array:
+    return np.array([item.upper() for item in s.ravel()], object).reshape(s.shape)
+
+
+def bad(x: Array) -> Array:
+    raise ValueError("it broke")
+
+
+def spec(name: str, dtype: str, *shape: int) -> TensorSpec:
+    return TensorSpec(name, dtype, shape)
+
+
+EIGHTS = [name for name in sorted(dir(ml_dtypes)) if name.startswith("float8_")]
+MODELS = {
+    "stats": FunctionServable(
+        stats, [spec("x", "float32", -1, 3)], [spec("mean", "float32", -1), spec("std", "float32", -1)]
+    ),
+    "sum": FunctionServable(
+        lambda a, b: a - b, [spec("a", "float32", -1), spec("b", "float32", -1)], [spec("y", "float32", -1)]
+    ),
+    "shout": FunctionServable(shout, [spec("s", "string", -1)], [spec("t", "string", -1)]),
+    "none": FunctionServable(lambda: np.int64(7), [], [Y]),
+    "bad": FunctionServable(bad, [spec("x", "float32")], [spec("y", "float32")]),
+    **{
+        name: FunctionServable(lambda x: x, [spec("x", name, -1)], [spec("y", name, -1)])
+        for name in ("bool", "bfloat16", *EIGHTS)
+    },
+}
+ROWS = np.float32([[1, 2, 3], [4, 4, 4]])
+STATS = ["mean: float32 [2]", "[2. 4.]", "std: float32 [2]", "[0.8164966 0.       ]"]
+TOOK = re.compile(r"took \d+\.\d ms, after \d+\.\d ms to connect and learn the signature")
 
 
 @pytest.fixture(scope="module")
 def models() -> Iterator[str]:
     with server_ref.running(MODELS) as url:
         yield url
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with `x.npy` in it."""
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", ROWS)
+    return tmp_path
+
+
+def test_call_prints_the_outputs_of_a_served_model_and_on_stderr_how_long_it_took(models: str, folder: Path) -> None:
+    done = run("call", f"{models}stats", "--input", "x=x.npy", cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout.splitlines()) == (0, STATS)
+    assert TOOK.fullmatch(done.stderr.rstrip("\n"))
+
+
+@pytest.mark.parametrize("value", ["x.npy", "x=x.npy", "[[1, 2, 3], [4, 4, 4]]", "x=[[1,2,3.0],[4,4,4]]"])
+def test_an_input_is_a_file_or_json_with_or_without_a_name(
+    value: str, models: str, folder: Path, capsys: Printed
+) -> None:
+    assert main(["call", f"{models}stats", "-i", value]) == 0
+    assert capsys.readouterr().out.splitlines() == STATS
+
+
+@pytest.mark.parametrize("flags", [["-i", "[5]", "-i", "[2]"], ["-i", "b=[2]", "-i", "a=[5]"]])
+def test_inputs_go_by_name_or_in_order(flags: list[str], models: str, capsys: Printed) -> None:
+    assert main(["call", f"{models}sum", *flags]) == 0
+    assert capsys.readouterr().out.splitlines() == ["y: float32 [1]", "[3.]"]
+
+
+def test_a_model_without_inputs_is_called_without(models: str, capsys: Printed) -> None:
+    assert main(["call", f"{models}none"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["y: int64 []", "7"]
+
+
+def test_only_outputs_asked_for_are_printed_in_that_order(models: str, folder: Path, capsys: Printed) -> None:
+    assert main(["call", f"{models}stats", "-i", "x.npy", "-o", "std", "-o", "mean"]) == 0
+    assert capsys.readouterr().out.splitlines() == STATS[2:] + STATS[:2]
+
+
+def test_config_is_text_or_a_file(models: str, folder: Path, capsys: Printed) -> None:
+    (folder / "two").write_bytes(b"2")
+    for config in ("2", "@two"):
+        assert main(["call", f"{models}stats", "-i", "x.npy", "-o", "std", "--config", config]) == 0
+        assert "[1.6329932 0.       ]" in capsys.readouterr().out
+    assert main(["call", f"{models}stats", "-i", "x.npy", "--config", "@three"]) == 2
+    assert "cannot read 'three' (No such file or directory) - at --config" in capsys.readouterr().err
+
+
+def test_large_outputs_and_long_strings_are_printed_in_short(models: str, folder: Path, capsys: Printed) -> None:
+    np.save("many.npy", np.ones((5000, 3), np.float32))
+    assert main(["call", f"{models}stats", "-i", "many.npy", "-o", "mean"]) == 0
+    assert capsys.readouterr().out == "mean: float32 [5000]\n[1. 1. 1. ... 1. 1. 1.]\n"
+    assert main(["call", f"{models}shout", "-i", json.dumps(["a" * 5000, "b"])]) == 0
+    assert capsys.readouterr().out == "t: string [2]\n[b'" + "A" * 60 + "'... (5,000 bytes)\n b'B']\n"
+
+
+def test_outputs_are_saved_where_asked(models: str, folder: Path, capsys: Printed) -> None:
+    assert main(["call", f"{models}stats", "-i", "x.npy", "-o", "mean=m.npy", "-o", "std"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == STATS[2:]
+    assert printed.err.splitlines()[0] == "mean: float32 [2] -> m.npy"
+    assert TOOK.fullmatch(printed.err.splitlines()[-1])
+    saved = np.load("m.npy")
+    assert (saved.dtype, saved.tolist()) == (np.float32, [2, 4])
+
+
+def test_arrays_go_through_pipes(models: str, folder: Path) -> None:
+    command = [sys.executable, "-m", "remote_ops", "call", f"{models}stats", "-i", "x=-", "-o", "mean=-"]
+    done = subprocess.run(command, input=(folder / "x.npy").read_bytes(), capture_output=True, cwd=ROOT)
+    assert done.returncode == 0
+    assert np.load(io.BytesIO(done.stdout)).tolist() == [2, 4]
+    assert done.stderr.decode().splitlines()[0] == "mean: float32 [2] -> stdout"
+
+
+@pytest.mark.parametrize("array", [ROWS.astype(">f4"), np.asfortranarray(ROWS)], ids=["big-endian", "column-major"])
+def test_files_of_any_byte_order_and_layout_are_read(array: Array, models: str, folder: Path, capsys: Printed) -> None:
+    np.save("other.npy", array)
+    assert main(["call", f"{models}stats", "-i", "other.npy"]) == 0
+    assert capsys.readouterr().out.splitlines() == STATS
+
+
+@pytest.mark.parametrize("dtype", ["S", "U"])
+def test_strings_are_read_and_saved(dtype: str, models: str, folder: Path) -> None:
+    np.save("s.npy", np.array(["ab", "c", ""], dtype))
+    assert main(["call", f"{models}shout", "-i", "s.npy", "-o", "t=t.npy"]) == 0
+    assert np.load("t.npy").tolist() == [b"AB", b"C", b""]
+    assert main(["call", f"{models}shout", "-i", '["h\u00e9"]', "-o", "t=t.npy"]) == 0
+    assert np.load("t.npy").tolist() == ["H\u00e9".encode()]
+
+
+def test_a_string_that_a_file_does_not_keep_is_not_saved(models: str, folder: Path, capsys: Printed) -> None:
+    assert main(["call", f"{models}shout", "-i", '["a\\u0000"]', "-o", "t=t.npy"]) == 2
+    assert "a string ends in a zero byte" in capsys.readouterr().err
+    assert not Path("t.npy").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", *EIGHTS])
+def test_files_without_the_dtype_have_that_of_the_signature(
+    dtype: str, models: str, folder: Path, capsys: Printed
+) -> None:
+    array = np.array([0.5, 1, 2], getattr(ml_dtypes, dtype))
+    np.save("x.npy", array)
+    for _ in range(2):  # what was saved is an input too
+        assert main(["call", f"{models}{dtype}", "-i", "x.npy", "-o", "y=y.npy"]) == 0
+        assert capsys.readouterr().err.splitlines()[0] == f"y: {dtype} [3] -> y.npy, as float32"
+        saved = np.load("y.npy")
+        assert (saved.dtype, saved.tolist()) == (np.float32, [0.5, 1, 2])
+        Path("y.npy").rename("x.npy")
+
+
+def test_bits_are_no_other_dtype_than_they_can_be(models: str, folder: Path, capsys: Printed) -> None:
+    np.save("bits.npy", np.zeros(2, ml_dtypes.bfloat16))
+    for model in ("float8_e5m2", "bool"):
+        assert main(["call", f"{models}{model}", "-i", "bits.npy"]) == 2
+        assert f"input 'x': expected {model} [-1], got void16 [2]" in capsys.readouterr().err
+
+
+def test_bools_are_saved_as_they_are(models: str, folder: Path) -> None:
+    assert main(["call", f"{models}bool", "-i", "[true, false]", "-o", "y=y.npy"]) == 0
+    saved = np.load("y.npy")
+    assert (saved.dtype, saved.tolist()) == (np.bool_, [True, False])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["-i", "pixels=x.npy"], "SignatureError: no input 'pixels': expected x - at"),
+        (["-i", "xx=x.npy"], "expected x; did you mean 'x'?"),
+        (["-i", "x=wide.npy"], "SignatureError: input 'x': expected float32 [-1, 3], got float64 [2, 3] - at"),
+        (["-i", "[[1, 2]]"], "SignatureError: input 'x': expected float32 [-1, 3], got float32 [1, 2] - at"),
+        (["-i", '"abc"'], "SignatureError: input 'x': expected float32 [-1, 3], got str"),
+        (["-i", "[[1, 2, 3], [4]]"], "SignatureError: input 'x': expected float32 [-1, 3], got a list"),
+        (["-i", "x.npy", "-i", "x.npy"], "SignatureError: expected 1 inputs (x), got 2 - at"),
+        ([], "SignatureError: missing input 'x' (float32 [-1, 3]) - at"),
+        (["-i", "x.npy", "-o", "men"], "SignatureError: no output 'men': expected one of mean, std; did you mean"),
+        (["-i", "x.npy", "-o", "std", "-o", "std"], "SignatureError: an output is asked for twice: std, std"),
+    ],
+)
+def test_what_does_not_fit_the_model_exits_with_2(
+    flags: list[str], said: str, models: str, folder: Path, capsys: Printed
+) -> None:
+    np.save("wide.npy", np.ones((2, 3)))
+    assert main(["call", f"{models}stats", *flags]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["-i", "x=nope.npy"], "cannot read 'nope.npy' (No such file or directory) - at --input x"),
+        (["-i", "hello"], "cannot read 'hello' (No such file or directory); expected a .npy file, or JSON, where a te"),
+        (["-i", "x=."], "cannot read '.' (Is a directory)"),
+        (["-i", "x=objects.npy"], "it holds Python objects, which are not read: save strings with np.save(file, arr"),
+        (["-i", "x=all.npz"], "it is an .npz archive: save each array to a file of its own"),
+        (["-i", "x=empty.npy"], "expected a .npy file: "),
+        (["-i", "x=notes.npy"], "expected a .npy file: "),
+        (["-i", "x=[[1, 2"], "this is no JSON: "),
+        (["-i", "x=" + "[" * 100_000], "this is no JSON: "),
+        (["-i", 'x={"a": 1}'], "expected JSON of numbers, true and false, texts, and lists of them - at --input x"),
+        (["-i", "x=[1, null]"], "expected JSON of numbers, true and false, texts, and lists of them - at --input x"),
+        (["-i", ""], "expected NAME=VALUE, or VALUE, got ''"),
+        (["-i", "x="], "expected NAME=VALUE, or VALUE, got 'x='"),
+        (["-i", "=x.npy"], "expected NAME=VALUE, or VALUE, got '=x.npy'"),
+        (["-i", "a=1", "-i", "2"], "expected all inputs with a name, as in x=arr.npy, or none: got both"),
+        (["-i", "a=1", "-i", "a=1"], "an input is given twice: a, a"),
+        (["-i", "-", "-i", "x=-"], "stdin holds one array: got '-' twice"),
+        (["-o", "y="], "expected NAME, NAME=FILE or NAME=-, got 'y='"),
+        (["-o", "=y.npy"], "expected NAME, NAME=FILE or NAME=-, got '=y.npy'"),
+        (
+            ["-o", "y=nodir/y.npy"],
+            "cannot write 'nodir/y.npy': expected a file in a folder that exists - at --output y",
+        ),
+        (["-o", "y=."], "cannot write '.': expected a file"),
+        (["-o", "a=y.npy", "-o", "b=y.npy"], "two outputs for one file: y.npy, y.npy"),
+        (["-o", "a=-", "-o", "b"], "'-' takes all of stdout: save the other outputs to files too"),
+    ],
+)
+def test_words_that_mean_nothing_exit_with_2_before_anything_is_sent(
+    flags: list[str], said: str, folder: Path, capsys: Printed
+) -> None:
+    np.save("objects.npy", np.array([b"a", b"bc"], object), allow_pickle=True)
+    np.savez("all.npz", a=ROWS)
+    Path("empty.npy").touch()
+    Path("notes.npy").write_text("not an array")
+    assert main(["call", "http://127.0.0.1:1/m", *flags]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("SpecError: ")
+    assert said in printed.err
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+
+
+def test_terminals_are_no_place_for_arrays(monkeypatch: pytest.MonkeyPatch, capsys: Printed) -> None:
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for flags, said in ((["-i", "-"], "'-' reads a .npy file from stdin"), (["-o", "y=-"], "'-' writes a .npy file")):
+        assert main(["call", "http://127.0.0.1:1/m", *flags]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_file_cut_or_changed_anywhere_is_an_array_or_a_spec_error() -> None:
+    file = io.BytesIO()
+    np.save(file, ROWS)
+    data = file.getvalue()
+    for size in range(len(data)):
+        with pytest.raises(SpecError):
+            npy.parse(data[:size], at="x")
+    for place in range(128):
+        for byte in (b"\0", b"'", b"9", b"\xff"):
+            with contextlib.suppress(SpecError):
+                npy.parse(data[:place] + byte + data[place + 1 :], at="x")
+
+
+def test_a_model_that_raises_exits_with_1(models: str, capsys: Printed) -> None:
+    assert main(["call", f"{models}bad", "-i", "1"]) == 1
+    assert capsys.readouterr().err.startswith("InternalError: the model raised ValueError: it broke - from http://")
+
+
+def test_a_model_that_is_not_there_exits_with_1(models: str, capsys: Printed) -> None:
+    assert main(["call", f"{models}stat", "-i", "1"]) == 1
+    assert capsys.readouterr().err.startswith("ModelNotFound: no model '/stat'")
+
+
+def failing_at_first(times: int, status: str = "503 X") -> tuple[Script, list[Message]]:
+    """A model that is not ready for the first few calls, and the calls that it got."""
+    calls: list[Message] = []
+
+    def answer(conversation: Conversation, request: Message) -> None:
+        calls.append(request)
+        if len(calls) <= times:
+            conversation.answer(b"", status)
+        else:
+            conversation.answer(b"".join(graphpipe.encode_response([np.int64(7)])))
+
+    return serving(Signature((), (Y,)), answer), calls
+
+
+@pytest.mark.parametrize(("flags", "sent"), [([], 3), (["--retries", "0"], 1), (["--retries", "1"], 2)])
+def test_calls_are_tried_again_as_often_as_said(flags: list[str], sent: int) -> None:
+    script, calls = failing_at_first(9)
+    with peer(script) as there:
+        assert main(["call", there.url, *flags]) == 1
+    assert len(calls) == sent
+
+
+def test_the_timeout_is_for_signature_and_call_together(capsys: Printed) -> None:
+    def late(conversation: Conversation) -> None:
+        while (message := conversation.read()) is not None:
+            time.sleep(0.3)  # what is tested is time
+            known = message.body == graphpipe.METADATA_REQUEST
+            conversation.answer(graphpipe.encode_metadata(Signature((), (Y,))) if known else b"")
+
+    with peer(late) as there:
+        assert main(["call", there.url, "--timeout-s", "0.5"]) == 1
+    assert "DeadlineExceeded: no answer from" in capsys.readouterr().err
+
+
+def test_models_of_the_open_inference_protocol_are_called_and_pinged(folder: Path, capsys: Printed) -> None:
+    with peer(Model(sides("FP32"), echo())) as there:
+        url = there.url.removesuffix("/m") + "/v2/models/m"
+        assert main(["call", url, "-i", "x=[[1, 2]]"]) == 0
+        assert main(["ping", url, "-c", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["y: float32 [1, 2]", "[[1. 2.]]"]
+    assert lines[2].startswith(f"up     {url}  m 1  ")
 
 
 # --------------------------------------------------------------------------- ping
@@ -275,6 +590,9 @@ def test_ping_sends_nothing_if_one_url_is_none(capsys: Printed) -> None:
         (["ping", "http://h/", "--interval-s", "-1"], "expected a number of seconds, 0 to 1,000,000, got '-1'"),
         (["ping", "http://h/", "--interval-s", "1e300"], "expected a number of seconds"),
         (["ping", "http://h/", "--timeout-s", "nan"], "expected a number of seconds"),
+        (["call", "http://h/", "--retries", "-1"], "expected a whole number, 0 or more, got '-1'"),
+        (["call", "http://h/", "--retries", "x"], "expected a whole number, 0 or more, got 'x'"),
+        (["call"], "required: URL"),
         (["ping"], "required: URL"),
         (["pong", "http://h/"], "invalid choice: 'pong'"),
     ],
@@ -286,7 +604,7 @@ def test_flags_that_are_none_exit_with_2(args: list[str], said: str, capsys: Pri
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["metadata", "ping"])
+@pytest.mark.parametrize("command", ["metadata", "call", "ping"])
 def test_help_shows_an_example_that_is_one(command: str, capsys: Printed) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
@@ -297,7 +615,7 @@ def test_help_shows_an_example_that_is_one(command: str, capsys: Printed) -> Non
         _parser().parse_args(shlex.split(example))
 
 
-@pytest.mark.parametrize("command", ["metadata", "ping"])
+@pytest.mark.parametrize("command", ["metadata", "call", "ping"])
 def test_ctrl_c_exits_with_130_and_says_nothing(command: str) -> None:
     asked = threading.Event()
 
@@ -318,7 +636,9 @@ def test_ctrl_c_exits_with_130_and_says_nothing(command: str) -> None:
     assert process.returncode == 130
 
 
-@pytest.mark.parametrize("args", [["metadata", "{}stats"], ["ping", "{}stats"], ["metadata", "--help"]])
+@pytest.mark.parametrize(
+    "args", [["metadata", "{}stats"], ["ping", "{}stats"], ["call", "{}stats", "-i", "[[1,2,3]]"], ["call", "--help"]]
+)
 def test_a_reader_that_is_gone_gives_no_traceback(args: list[str], models: str) -> None:
     read, write = os.pipe()
     os.close(read)
@@ -331,3 +651,9 @@ def test_a_reader_that_is_gone_gives_no_traceback(args: list[str], models: str) 
     assert done.returncode in ((0, 141) if "--help" in args else (141,))  # argparse passes over it if it can
     assert b"Traceback" not in done.stderr
     assert b"BrokenPipe" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_clear_line(models: str, capsys: Printed) -> None:
+    assert main(["call", f"{models}stats", "-i", "[[1,2,3]]", "-o", "mean=/dev/full"]) == 1
+    assert capsys.readouterr().err.endswith("OSError: [Errno 28] No space left on device\n")

@@ -1,13 +1,18 @@
-"""What people and programs read of a signature, as text. It prints nothing."""
+"""What people and programs read of a signature or an array, as text. It prints nothing."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from remote_ops.signature import Signature, TensorSpec
 
-__all__ = ["as_json", "as_text", "printable", "title"]
+__all__ = ["as_json", "as_text", "of_array", "printable", "title"]
+
+Array = npt.NDArray[Any]
 
 
 def printable(text: str) -> str:
@@ -39,3 +44,15 @@ def as_json(signature: Signature) -> str:
 def _row(spec: TensorSpec) -> dict[str, Any]:
     keys = ("name", "dtype", "shape", "description", "differentiable")
     return {key: getattr(spec, key) for key in keys}
+
+
+_LONGEST = 60
+
+
+def of_array(array: Array) -> str:
+    """An array as numpy shows it; a large one, and a long string, in short."""
+    return np.array2string(array, threshold=200, formatter={"object": _text} if array.dtype == object else None)
+
+
+def _text(item: Any) -> str:
+    return repr(item) if len(item) <= _LONGEST else f"{item[:_LONGEST]!r}... ({len(item):,} bytes)"
