@@ -657,3 +657,47 @@ def test_a_reader_that_is_gone_gives_no_traceback(args: list[str], models: str) 
 def test_a_full_disk_is_one_clear_line(models: str, capsys: Printed) -> None:
     assert main(["call", f"{models}stats", "-i", "[[1,2,3]]", "-o", "mean=/dev/full"]) == 1
     assert capsys.readouterr().err.endswith("OSError: [Errno 28] No space left on device\n")
+
+
+# --------------------------------------------------------------------------- docs/cli.md
+
+
+@pytest.fixture
+def shell(folder: Path) -> dict[str, str]:
+    """An environment in which `remote-ops` and `python` are those of this checkout."""
+    for name, words in (("python", ""), ("remote-ops", "-m remote_ops")):
+        command = folder / "bin" / name
+        command.parent.mkdir(exist_ok=True)
+        command.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} {words} "$@"\n')
+        command.chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return {**kept, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+
+
+def test_the_page_shows_what_the_commands_print(shell: dict[str, str]) -> None:
+    page = (ROOT / "docs" / "cli.md").read_text("utf-8")
+    scope: dict[str, Any] = {}
+    exec("".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), scope)
+    shown = re.findall(r"^\$ (.*)\n((?:(?!\$ |```).*\n)*)", page, re.MULTILINE)
+    assert len(shown) > 5
+    with server_ref.running({"stats": scope["model"]}) as url:
+        for command, expected in shown:
+            words = command.replace("http://127.0.0.1:9000/", url)
+            done = subprocess.run(
+                words, shell=True, env=shell, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            assert masked(done.stdout).replace(url, "http://127.0.0.1:9000/") == masked(expected), command
+
+
+def test_the_page_names_every_flag_and_every_default() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text("utf-8")
+    (commands,) = (action.choices for action in _parser()._actions if isinstance(action.choices, dict))
+    real = {flag for one in commands.values() for action in one._actions for flag in action.option_strings}
+    rows = [row.split(" | ") for row in re.findall(r"^\| `-(.*) \|$", page, re.MULTILINE)]
+    documented = {flag for row in rows for flag in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", "-" + row[0])}
+    assert documented == real - {"-h", "--help"}
+    told = {row[0].split()[0].strip("`-,"): row[-1] for row in rows}
+    for command, name in (("call", "retries"), ("ping", "count"), ("ping", "interval_s")):
+        assert told[name.replace("_", "-")] == str(commands[command].get_default(name))
+    timeouts = {name: f"{one.get_default('timeout_s'):g}" for name, one in commands.items()}
+    assert told["timeout-s"] == f"{timeouts['metadata']}, call {timeouts['call']}, ping {timeouts['ping']}"

@@ -685,7 +685,6 @@ def test_replicas_that_answer_alike_take_exact_turns(took_s: tuple[float, ...]) 
     assert [one.sent for one in replicas.stats()] == [10, 10, 10]
 
 
-
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("hedge", [None, Hedge(after_s=0.05)])
 def test_a_fork_with_calls_in_flight_harms_neither_side(hedge: Hedge | None) -> None:
