@@ -119,8 +119,8 @@ class Reader:
 
     @property
     def idle(self) -> bool:
-        """Whether no byte of a next message has come."""
-        return self.state is _State.HEAD and self._start == self._end
+        """Whether no byte of a next message has come; never again after a failure."""
+        return self.state is _State.HEAD and self._start == self._end and self.failure is None
 
     @property
     def complete(self) -> bool:
@@ -187,6 +187,8 @@ class Reader:
     # how it is done
 
     def _advance(self) -> None:
+        if self.failure is not None:
+            raise self.failure
         try:
             while self._start < self._end and self._step():
                 pass

@@ -248,6 +248,19 @@ def test_a_message_is_given_although_bytes_behind_it_are_not_acceptable() -> Non
     assert not reader.complete
 
 
+@pytest.mark.parametrize(("role", "start"), [("request", post), ("response", reply)])
+def test_a_reader_that_has_failed_is_not_idle_and_gives_no_further_message(role: Role, start: Any) -> None:
+    reader = Reader(role)
+    data = start("Content-Length: 1", body=b"x") + start("Content-Length: x")
+    reader.buffer()[: len(data)] = data
+    reader.received(len(data))
+    assert bytes(reader.take().body) == b"x"
+    assert not reader.idle
+    with pytest.raises(FramingError, match="in Content-Length"):
+        put(reader, start("Content-Length: 0"))
+    assert not reader.complete
+
+
 @pytest.mark.parametrize("name", [name for name in RESPONSES if "connection" not in name])
 def test_a_response_that_ends_early_is_an_error_and_between_messages_is_none(name: str) -> None:
     data, bodies = RESPONSES[name]
