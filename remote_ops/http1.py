@@ -26,6 +26,8 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _SCRATCH_BYTES = 1 << 16
 _CHUNK_LINE_BYTES = 256
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?")
+_REQUEST_LINE = re.compile(rb"[^ \r]+ [^ \r]+ HTTP/(1\.[01])")
+_STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) [^\r]*")
 # One header as written: what it may not hold is what would end its line.
 _HEADER_LINE = re.compile(r"[^\r\n\0:]+: [^\r\n\0\u0100-\U0010ffff]*\r\n")
 _NO_BODY = frozenset({204, 304})
@@ -356,12 +358,13 @@ class _Parsed:
 def _parse_head(block: bytes, is_request: bool) -> tuple[Head, int | Literal["chunked"] | None]:
     if b"\r\n " in block or b"\r\n\t" in block:
         raise FramingError("a folded header: expected each header on one line")
-    # llhttp also reads HTTP/0.9, HTTP/2.0, RTSP and ICE, skips blank lines before a message, and is content with those.
+    # llhttp also reads HTTP/0.9, HTTP/2.0, RTSP and ICE, skips blank lines before a message and spaces before a target,
+    # and is content with those; to it, `CONNECT HTTP/1.1` names a target and no version.
     first = block[: block.index(b"\r\n")]
-    version = (first[-9:] if is_request else b" " + first[:8]).decode("latin-1")
-    if version not in (" HTTP/1.1", " HTTP/1.0") or b"\r" in first:
+    match = (_REQUEST_LINE if is_request else _STATUS_LINE).fullmatch(first)
+    if match is None:
         raise FramingError(f"no HTTP/1.1 or HTTP/1.0 message: it begins {first[:32]!r}")
-    version = version[-3:]
+    version = match[1].decode()
     parsed = _Parsed()
     parser: Any = httptools.HttpRequestParser(parsed) if is_request else httptools.HttpResponseParser(parsed)
     try:
