@@ -226,7 +226,8 @@ class Reader:
         return self._read_new_head()
 
     def _read_new_head(self) -> bool:
-        pending = bytes(self._scratch[self._start : self._end])
+        # Bytes past the cap, which are there or not as the peer's writes fall, must not decide how it is refused.
+        pending = bytes(self._scratch[self._start : min(self._end, self._start + self._limits.max_head_bytes + 1)])
         if self._is_request and pending[:2] == b"\r\n":  # an empty line before a request is tolerated (RFC 9112, 2.2)
             self._start += 2
             return True

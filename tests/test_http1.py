@@ -511,6 +511,19 @@ def test_a_header_block_over_the_cap_is_refused_whether_it_ends_or_not() -> None
     assert only("request", post("X: x"), limits=limits).body == b""
 
 
+@pytest.mark.parametrize(("role", "start"), [("request", post), ("response", reply)])
+def test_bytes_past_the_cap_do_not_decide_how_a_header_block_is_refused(role: Role, start: Any) -> None:
+    limits = Limits(max_head_bytes=200)
+    assert_refused(role, start("X: " + "x" * 300, "Y: \n"), "over 200 bytes", 431, limits=limits)
+    assert_refused(role, start("Y: \n", "X: " + "x" * 300), "bare line feed", 400, limits=limits)
+    most = start("X: " + "x" * (200 - len(start("X: "))))
+    assert_refused(role, most.replace(b"\r\n\r\n", b"x\r\n\r\n") + b"\n", "over 200 bytes", 431, limits=limits)
+    assert len(most) == 200
+    reader = Reader(role, limits)
+    put(reader, most)
+    assert reader.failure is None
+
+
 # --------------------------------------------------------------------------- connections
 
 
