@@ -18,6 +18,7 @@ import base64
 import binascii
 import json
 import math
+import re
 import struct
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
@@ -391,13 +392,22 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _loads(text: Buffer) -> dict[str, Any]:
+# What may be half of a pair: the other half may follow, or be missing.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _loads(data: Buffer) -> dict[str, Any]:
     try:
-        value = json.loads(str(text, "utf-8"), parse_constant=_no_constant, object_pairs_hook=_unique)
+        text = str(data, "utf-8")
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
     except DecodeError:
         raise
     except UnicodeDecodeError as error:
         raise DecodeError(f"a text that is not UTF-8 ({error.reason})", offset=error.start) from None
+    except UnicodeEncodeError as error:
+        raise DecodeError(f"a text with a string that has no UTF-8 form ({error.reason})") from None
     except json.JSONDecodeError as error:
         raise DecodeError(f"a text that is not JSON ({error.msg})", offset=error.pos) from None
     except RecursionError:
@@ -663,7 +673,7 @@ def _read_request(text: bytes) -> tuple[tuple[_Row, ...], InferRequest]:
     request = InferRequest(
         {},
         names,
-        _bytes_of_text(config, "the config"),
+        config.encode(),
         _field(message, "id", str, "the request", ""),
         MappingProxyType(parameters),
         _field(parameters, "binary_data_output", bool, "the parameters", False),

@@ -478,6 +478,36 @@ def refused(decode: Callable[[], Any], match: str) -> None:
         tracemalloc.stop()
 
 
+HALF = "\\ud800"  # of a pair, escaped: as raw bytes it is no UTF-8, and refused for that
+
+
+@pytest.mark.parametrize(
+    ("decode", "message"),
+    [
+        (decode_request, text({"name": "?", "data": [1, 2, 3, 4]})),
+        (decode_request, text({"data": [1, 2, 3, 4]}, id="?")),
+        (decode_request, text({"data": [1, 2, 3, 4]}, outputs=[{"name": "?"}])),
+        (decode_request, text({"data": [1, 2, 3]}, parameters={"?": {"deep": ["?"]}})),
+        (decode_request, text({"name": "?", "data": [1]})),  # whose error would name it
+        (decode_response, b'{"model_name": "?", "outputs": []}'),
+        (decode_metadata, b'{"name": "?", "inputs": [], "outputs": []}'),
+        (decode_metadata, b'{"versions": ["?"], "inputs": [], "outputs": []}'),
+    ],
+)
+def test_text_without_a_utf8_form_is_refused_wherever_it_stands(decode: Callable[[bytes], Any], message: bytes) -> None:
+    for half in (HALF, HALF.upper().replace("U", "u"), "\\udfff", "\\udc00\\ud800"):
+        with pytest.raises(DecodeError, match="no UTF-8 form") as caught:
+            decode(message.replace(b"?", half.encode()))
+        str(caught.value).encode()
+    assert decode_error(b'{"error": "' + HALF.encode() + b'"}') is None
+
+
+def test_escaped_pairs_and_escaped_backslashes_are_text() -> None:
+    message = text({"name": "?", "data": [1, 2, 3, 4]}, id="!")
+    request = decode_request(message.replace(b"?", b"\\uD83D\\ude00").replace(b"!", b"\\\\ud800"))
+    assert (list(request.tensors), request.id) == (["\U0001f600"], "\\ud800")
+
+
 @pytest.mark.parametrize(
     ("tensors", "tail", "match"),
     [
