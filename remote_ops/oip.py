@@ -409,7 +409,7 @@ def _loads(data: Buffer) -> dict[str, Any]:
     except UnicodeEncodeError as error:
         raise DecodeError(f"a text with a string that has no UTF-8 form ({error.reason})") from None
     except json.JSONDecodeError as error:
-        raise DecodeError(f"a text that is not JSON ({error.msg})", offset=error.pos) from None
+        raise DecodeError(f"a text that is not JSON ({error.msg})", offset=len(text[: error.pos].encode())) from None
     except RecursionError:
         raise DecodeError("a text nested too deeply") from None
     except ValueError as error:  # an integer of thousands of digits

@@ -502,6 +502,13 @@ def test_text_without_a_utf8_form_is_refused_wherever_it_stands(decode: Callable
     assert decode_error(b'{"error": "' + HALF.encode() + b'"}') is None
 
 
+def test_a_text_that_is_not_json_says_at_which_byte() -> None:
+    message = '{"id": "\u00e9\u65e5\u672c", ?}'.encode()
+    with pytest.raises(DecodeError, match="not JSON") as caught:
+        decode_request(message)
+    assert caught.value.offset == message.index(b"?")
+
+
 def test_escaped_pairs_and_escaped_backslashes_are_text() -> None:
     message = text({"name": "?", "data": [1, 2, 3, 4]}, id="!")
     request = decode_request(message.replace(b"?", b"\\uD83D\\ude00").replace(b"!", b"\\\\ud800"))
