@@ -15,7 +15,6 @@ Reading trusts nothing. JSON has no NaN and no infinity, and a text that names a
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import math
 import re
@@ -341,13 +340,17 @@ def _spec_row(spec: TensorSpec) -> dict[str, Any]:
 
 
 class _Row(NamedTuple):
-    """A tensor as the text tells of it: `size` bytes follow the text, or -1 and it holds the `data`."""
+    """A tensor as the text tells of it: `size` bytes follow the text, or -1 and it holds the `data`.
+
+    `is_base64` is how MLServer says that its strings are bytes which are no text.
+    """
 
     name: str
     datatype: str
     shape: tuple[int, ...]
     size: int
     data: Any
+    is_base64: bool
 
     def __str__(self) -> str:
         return f"tensor '{self.name[:64]}': {self.datatype} {list(self.shape)}"
@@ -494,17 +497,7 @@ def _row(item: dict[str, Any], kind: str) -> _Row:
     size: int = _field(parameters, "binary_data_size", int, of, -1)
     if (size >= 0) == (item.get("data") is not None) or size < -1:
         raise DecodeError(f"{of}: expected either data or a binary_data_size of 0 or more")
-    data = item.get("data")
-    if size < 0 and parameters.get("content_type") == "base64":  # so MLServer writes bytes that are no text
-        data = [_unbase64(text, of) for text in data] if type(data) is list else data
-    return _Row(name, datatype, shape, size, data)
-
-
-def _unbase64(text: Any, of: str) -> Any:
-    try:
-        return base64.b64decode(text, validate=True) if type(text) is str else text
-    except (binascii.Error, ValueError):
-        raise DecodeError(f"{of}: an element that is not base64, as its content_type says") from None
+    return _Row(name, datatype, shape, size, item.get("data"), parameters.get("content_type") == "base64")
 
 
 def _tensors(rows: Sequence[_Row], data: memoryview, json_bytes: int | None) -> dict[str, Array]:
@@ -582,9 +575,9 @@ def _from_json(row: _Row) -> Array:
     if not items:
         return _empty(row, dtype)
     kinds = {type(item) for item in items}
-    if dtype.kind == "O" and kinds <= {str, bytes}:
+    if dtype.kind == "O" and kinds == {str}:
         _check_count(row, len(items))
-        return _objects_array([_bytes_of_text(item, row) for item in items], row)
+        return _objects_array([_unbase64(item, row) if row.is_base64 else item.encode() for item in items], row)
     if dtype.kind == "b" and kinds == {bool}:
         return np.array(items, dtype).reshape(row.shape)
     if dtype.kind in "iu" and kinds == {int}:
@@ -597,11 +590,11 @@ def _from_json(row: _Row) -> Array:
     raise DecodeError(f"{row}: its data holds {', '.join(sorted(_KINDS.get(kind, 'object') for kind in kinds))}")
 
 
-def _bytes_of_text(item: str | bytes, of: Any) -> bytes:
+def _unbase64(item: str, of: Any) -> bytes:
     try:
-        return item if isinstance(item, bytes) else item.encode()
-    except UnicodeEncodeError as error:
-        raise DecodeError(f"{of}: a string has no UTF-8 form ({error.reason})") from None
+        return base64.b64decode(item, validate=True)
+    except ValueError:
+        raise DecodeError(f"{of}: an element that is not base64, as its content_type says") from None
 
 
 def _floats(items: list[Any], dtype: np.dtype[Any], row: _Row) -> Array:

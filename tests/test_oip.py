@@ -332,6 +332,9 @@ def text(tensor: dict[str, Any], **more: Any) -> bytes:
     return json.dumps({"inputs": [{key: value for key, value in row.items() if value is not ...}], **more}).encode()
 
 
+BASE64 = {"parameters": {"content_type": "base64"}}
+
+
 @pytest.mark.parametrize(
     ("tensor", "expected"),
     [
@@ -345,7 +348,10 @@ def text(tensor: dict[str, Any], **more: Any) -> bytes:
         ({"datatype": "BYTES", "shape": [1, 2], "data": [["a", "\u00e9"]]}, [[b"a", "\u00e9".encode()]]),
         ({"datatype": "BOOL", "shape": [2], "data": [True, False], "parameters": None}, [True, False]),
         ({"datatype": "UINT64", "shape": [1], "data": [2**64 - 1]}, [2**64 - 1]),
-        ({"datatype": "BYTES", "shape": [1], "data": ["/wA="], "parameters": {"content_type": "base64"}}, [b"\xff\0"]),
+        ({"datatype": "BYTES", "shape": [1], "data": ["/wA="], **BASE64}, [b"\xff\0"]),
+        ({"datatype": "BYTES", "shape": [2, 1], "data": [["/wA="], [""]], **BASE64}, [[b"\xff\0"], [b""]]),
+        ({"datatype": "BYTES", "shape": [], "data": "/wA=", **BASE64}, b"\xff\0"),
+        ({"data": [[1, 2], [3, 4]], **BASE64}, [[1, 2], [3, 4]]),
     ],
 )
 def test_data_is_read_flat_and_nested(tensor: dict[str, Any], expected: Any) -> None:
@@ -458,7 +464,9 @@ SIZED = {"parameters": {"binary_data_size": 16}}
         (text({"datatype": "INT32", "data": [1, 2, 3, 4.0]}), "its data holds number"),
         (text({"datatype": "BOOL", "data": [0, 1, 0, 1]}), "its data holds number"),
         (text({"datatype": "BYTES", "data": ["a", "b", "c", "\ud800"]}), "no UTF-8 form"),
-        (text({"datatype": "BYTES", "shape": [1], "data": ["?"], "parameters": {"content_type": "base64"}}), "base64"),
+        (text({"datatype": "BYTES", "shape": [1], "data": ["?"], **BASE64}), "base64"),
+        (text({"datatype": "BYTES", "shape": [1, 1], "data": [["\u00e9"]], **BASE64}), "base64"),
+        (text({"datatype": "BYTES", "shape": [1], "data": [3], **BASE64}), "its data holds number"),
         (text({"shape": [2**62, 0, 2**62], "data": []}), "beyond any message"),
         (text({"shape": [2**62, 2**62], "data": [1]}), "expected 21267647932558653966460912964485513216 elements"),
     ],
