@@ -674,7 +674,7 @@ def decode_metadata(message: Buffer) -> Signature:
     try:
         return Signature(inputs, outputs, name, version, server, description, features)
     except SpecError as error:
-        raise DecodeError(f"metadata that contradicts itself: {error}", offset=at) from error
+        raise DecodeError(f"metadata that contradicts itself: {str(error)[:300]}", offset=at) from error
 
 
 def _ios(reader: _Reader, slot: int) -> tuple[TensorSpec, ...]:
@@ -703,7 +703,7 @@ def _io(reader: _Reader, slot: int) -> TensorSpec:
             "differentiable" in words,
         )
     except SpecError as error:
-        raise DecodeError(f"metadata that contradicts itself: {error}", offset=at) from error
+        raise DecodeError(f"metadata that contradicts itself: {str(error)[:300]}", offset=at) from error
 
 
 def _described_dtype(words: Sequence[str], wire_type: int) -> str:

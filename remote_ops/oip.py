@@ -495,8 +495,8 @@ def _row(item: dict[str, Any], kind: str) -> _Row:
         raise DecodeError(f"{of} has shape {list(shape)}: negative sizes have no data")
     parameters = _parameters(item, of)
     size: int = _field(parameters, "binary_data_size", int, of, -1)
-    if (size >= 0) == (item.get("data") is not None) or size < -1:
-        raise DecodeError(f"{of}: expected either data or a binary_data_size of 0 or more")
+    if (size >= 0) == (item.get("data") is not None) or not -1 <= size < 2**63:
+        raise DecodeError(f"{of}: expected either data or a binary_data_size of 0 or more, below 2**63")
     return _Row(name, datatype, shape, size, item.get("data"), parameters.get("content_type") == "base64")
 
 
@@ -731,7 +731,7 @@ def decode_metadata(message: Buffer) -> Signature:
             tuple(filter(None, (token.strip() for token in features.split(",")))),
         )
     except SpecError as error:
-        raise DecodeError(f"metadata that contradicts itself: {error}") from error
+        raise DecodeError(f"metadata that contradicts itself: {str(error)[:300]}") from error
 
 
 def _spec(row: dict[str, Any], kind: str) -> TensorSpec:

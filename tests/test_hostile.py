@@ -285,6 +285,15 @@ def test_metadata_that_contradicts_itself_is_refused() -> None:
     assert_refused(decode_metadata, below, "no usable shape")
 
 
+@pytest.mark.parametrize("sizes", [(), (0x77777777,)], ids=["twins", "below"])
+def test_an_error_of_metadata_is_short_however_long_the_names(sizes: tuple[int, ...]) -> None:
+    specs = (TensorSpec("a" * 10_000, "float32", sizes), TensorSpec("b" * 10_000, "float32", ()))
+    message = encode_metadata(Signature(specs, ())).replace(b"b" * 10_000, b"a" * 10_000)
+    with pytest.raises(DecodeError, match="contradicts itself") as caught:
+        decode_metadata(message.replace(struct.pack("<q", 0x77777777), struct.pack("<q", -2)))
+    assert len(str(caught.value)) < 500
+
+
 # --------------------------------------------------------------------------- tables that are none
 
 

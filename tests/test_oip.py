@@ -517,6 +517,18 @@ def test_a_text_that_is_not_json_says_at_which_byte() -> None:
     assert caught.value.offset == message.index(b"?")
 
 
+def test_an_error_is_short_however_long_the_names() -> None:
+    rows = [{"name": "x" * 10_000, "datatype": "FP32", "shape": []}] * 2
+    for decode, message in (
+        (decode_request, json.dumps({"inputs": [rows[0] | {"data": []}]}).encode()),
+        (decode_metadata, json.dumps({"inputs": rows, "outputs": []}).encode()),
+        (decode_request, text({"parameters": {"binary_data_size": 10**4000}})),
+    ):
+        with pytest.raises(DecodeError) as caught:
+            decode(message)
+        assert len(str(caught.value)) < 500
+
+
 def test_escaped_pairs_and_escaped_backslashes_are_text() -> None:
     message = text({"name": "?", "data": [1, 2, 3, 4]}, id="!")
     request = decode_request(message.replace(b"?", b"\\uD83D\\ude00").replace(b"!", b"\\\\ud800"))
@@ -529,7 +541,8 @@ def test_escaped_pairs_and_escaped_backslashes_are_text() -> None:
         ([{**SIZED}], b"1" * 15, "expected 16 bytes after the text, got 15"),
         ([{**SIZED}], b"1" * 17, "1 bytes follow the last tensor"),
         ([{"parameters": {"binary_data_size": 12}}], b"1" * 12, "expected a binary_data_size of 16, got 12"),
-        ([{"parameters": {"binary_data_size": 2**70}}], b"", "after the text, got 0"),
+        ([{"parameters": {"binary_data_size": 2**62}}], b"", "after the text, got 0"),
+        ([{"parameters": {"binary_data_size": 10**4000}}], b"", "below 2\\*\\*63"),
         ([{"shape": [2**40, 2**40], **SIZED}], b"1" * 16, "expected a binary_data_size of 4835703278458516698824704"),
         ([{"shape": [2**62, 0, 2**62], "parameters": {"binary_data_size": 0}}], b"", "beyond any message"),
         ([SIZED, SIZED], b"1" * 32, "two inputs share a name"),
