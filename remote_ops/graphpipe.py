@@ -708,7 +708,7 @@ def _io(reader: _Reader, slot: int) -> TensorSpec:
 
 def _described_dtype(words: Sequence[str], wire_type: int) -> str:
     """The dtype that the words of a description claim, if bits of `wire_type` can be viewed as it; else the wire's."""
-    for word in words:
+    for word in reversed(words):  # `encode_metadata` writes its own behind those that a description holds
         row = DTYPES.get(word.removeprefix("dtype=")) if word.startswith("dtype=") else None
         if row is not None and row.is_bit_view and row.wire_type == wire_type:
             return row.name

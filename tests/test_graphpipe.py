@@ -501,6 +501,13 @@ def test_bit_views_and_gradients_are_told_by_tokens_an_old_peer_can_ignore() -> 
     assert b"weights dtype=bfloat16 differentiable" in message
 
 
+@pytest.mark.parametrize("first", ["bool", "float8_e5m2"])
+def test_a_dtype_is_not_taken_from_the_words_of_a_description(first: str) -> None:
+    mine = spec("x", "float8_e4m3fn", (2,), description=f"like dtype={first}")
+    got = decode_metadata(encode_metadata(Signature((mine,), ()))).inputs[0]
+    assert (got.dtype, got.description) == (mine.dtype, mine.description)
+
+
 def test_a_token_that_the_wire_type_contradicts_is_no_token() -> None:
     signature = Signature((spec("x", "float32", (2,), description="dtype=bool"),), ())
     assert decode_metadata(encode_metadata(signature)).inputs[0].dtype == "float32"
