@@ -318,7 +318,9 @@ def encode_metadata(signature: Signature) -> bytes:
         return int(builder.EndVector())
 
     inputs, outputs = tensors(signature.inputs), tensors(signature.outputs)
-    features = f"[features: {', '.join(signature.features)}]" if signature.features else ""
+    # An empty list of them where the description itself ends as such a list does, which else would be taken for it.
+    listed = signature.features or _split_features(signature.description) != (signature.description, ())
+    features = f"[features: {', '.join(signature.features)}]" if listed else ""
     description = " ".join(filter(None, (signature.description, features)))
     texts = [string(text) for text in (signature.name, signature.version, signature.server, description)]
     builder.StartObject(6)
@@ -650,7 +652,7 @@ _FEATURES = "[features:"
 def _split_features(description: str) -> tuple[str, tuple[str, ...]]:
     """Take the tokens off the end of a model's description."""
     before, mark, tokens = description.rstrip().rpartition(_FEATURES)
-    if not mark or tokens.find("]") != len(tokens) - 1:
+    if not mark or not tokens or tokens.find("]") != len(tokens) - 1:
         return description, ()
     return before.rstrip(), tuple(filter(None, (token.strip() for token in tokens[:-1].split(","))))
 

@@ -487,7 +487,11 @@ def test_c19_c20_metadata_round_trips_with_dtypes_gradients_and_features() -> No
 
 
 @pytest.mark.parametrize(
-    "description", ["", "plain", "ends in a bracket]", "[features", "a [features: x] in the middle"]
+    "description",
+    [
+        *("", "plain", "ends in a bracket]", "[features", "a [features: x] in the middle", "open [features:"),
+        *("[features: x]", "listed [features: x, y]", "none [features:]", "twice [features: x] [features: ]"),
+    ],
 )
 @pytest.mark.parametrize("features", [(), ("vjp",), ("vjp", "batch=0")])
 def test_features_are_told_from_the_description(description: str, features: tuple[str, ...]) -> None:
