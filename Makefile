@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV   := .venv
 PEERS  := .venv-peers
+FUZZ   := .venv-fuzz
+# Seconds for each target of `make fuzz`.
+FUZZ_S ?= 60
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip -qq --disable-pip-version-check install
 PACKAGES := remote_ops ensemble server_ref
@@ -11,7 +14,7 @@ QUIET  := TF_CPP_MIN_LOG_LEVEL=2 TF_ENABLE_ONEDNN_OPTS=0
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check fast slow peers format bench clean
+.PHONY: help venv demo test check fast slow peers fuzz format bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -35,6 +38,13 @@ $(PEERS)/.done: requirements-peers-oip.txt
 	@echo "== creating $(PEERS): KServe and tritonclient (a minute the first time)"
 	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	@$(PEERS)/bin/python -m pip -qq --disable-pip-version-check install -r requirements-peers-oip.txt
+	@touch $@
+
+# Not in $(VENV) either: atheris has wheels for a few versions of Python only.
+$(FUZZ)/.done: requirements-fuzz.txt pyproject.toml constraints.txt
+	@echo "== creating $(FUZZ): atheris, and the packages without their extras (seconds)"
+	@test -x $(FUZZ)/bin/python || $(PYTHON) -m venv $(FUZZ)
+	@$(FUZZ)/bin/python -m pip -qq --disable-pip-version-check install -c constraints.txt -r requirements-fuzz.txt -e .
 	@touch $@
 
 venv: $(VENV)/.dev ## create or refresh .venv
@@ -69,6 +79,9 @@ slow: $(VENV)/.dev ## the tests that take long
 peers: $(VENV)/.dev $(PEERS)/.done ## the tests against software that is not ours
 	$(call group,peers,peers)
 
+fuzz: $(FUZZ)/.done ## search for bytes that a decoder mishandles, FUZZ_S=60 seconds a target; not part of test
+	@PYTHONPATH=tests $(FUZZ)/bin/python -m fuzz.run --seconds $(FUZZ_S)
+
 format: $(VENV)/.dev ## format, and fix what ruff can fix
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
@@ -76,6 +89,6 @@ format: $(VENV)/.dev ## format, and fix what ruff can fix
 bench: $(VENV)/.dev ## the benchmarks, each beside its bare twin
 	@$(PY) tests/bench/run.py
 
-clean: ## remove .venv, caches and build outputs
-	@rm -rf $(VENV) $(PEERS) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean: ## remove the environments, caches and build outputs
+	@rm -rf $(VENV) $(PEERS) $(FUZZ) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
