@@ -41,12 +41,19 @@ from remote_ops.tf.library import CompilerMissing  # noqa: E402
 
 X = np.arange(12, dtype=np.float32).reshape(3, 4) / 7
 ONE = Retry(attempts=1)
+UNAVAILABLE = tf.errors.UNAVAILABLE
 Script = Callable[[Conversation], None]
 
 
 def ask(url: Any, x: Any = X, **options: Any) -> Any:
     """One call that fetches no metadata: float32 in, float32 out."""
     return remote_op(url, tf.convert_to_tensor(x), "x", "y", tf.float32, None, **{"timeout_s": 10.0, **options})
+
+
+def failure(url: Any, *, graph: bool = False, **options: Any) -> tuple[int, str]:
+    """The code and the words of a call, as they are: what is raised has words of TensorFlow around them."""
+    _, status = (tf.function(ask) if graph else ask)(url, on_error="status", **options)
+    return int(status.code), status.message.numpy().decode()
 
 
 def answering(*parts: Any) -> Script:
@@ -197,10 +204,11 @@ def test_the_request_is_the_one_that_graphpipe_reads() -> None:
     assert "expect" not in seen[0].headers
 
 
-def test_a_thousand_calls_in_a_row_share_a_connection() -> None:
+@pytest.mark.parametrize("retry", [Retry(), ONE])
+def test_a_thousand_calls_in_a_row_share_a_connection(retry: Retry) -> None:
     with peer(answering(OK)) as server:
         for _ in range(1000):
-            ask(server.url)
+            ask(server.url, retry=retry)
         assert server.connections <= 2
 
 
@@ -946,6 +954,33 @@ def test_a_replica_that_does_not_answer_a_connect_leaves_time_for_another() -> N
     with unreachable() as nobody, peer(answering(OK)) as server:
         for _ in range(2):
             assert ask([nobody, server.url], timeout_s=4.0).shape == (3, 4)
+
+
+# --------------------------------------------------------------------------- what may be sent once
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_request_that_was_on_its_way_when_the_server_went_is_not_said_to_be_unsent(graph: bool) -> None:
+    def serve() -> None:
+        sock, _ = listener.accept()
+        conversation = Conversation(sock, 1)
+        conversation.read()
+        conversation.answer(OK)
+        asked.append(conversation.read())
+        listener.close()
+        conversation.reset()
+
+    asked: list[Message | None] = []
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/m"
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert failure(url, graph=graph, retry=ONE)[0] == tf.errors.OK
+    code, words = failure(url, graph=graph, retry=ONE)
+    assert code == UNAVAILABLE
+    assert re.fullmatch(rf"the connection ended while waiting for the first byte \(.*\) - at {url}", words), words
+    thread.join()
+    assert len(asked) == 1
 
 
 # --------------------------------------------------------------------------- names of hosts

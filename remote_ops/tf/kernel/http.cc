@@ -205,16 +205,17 @@ Failure Judge(Call* call) {
 constexpr const char* kConnecting = "connecting";
 constexpr const char* kResolving = "resolving the host";
 
-const char* Phase(CURL* easy, bool all_sent) {
-  curl_off_t ready = 0, first = 0;
-  curl_easy_getinfo(easy, CURLINFO_PRETRANSFER_TIME_T, &ready);
-  curl_easy_getinfo(easy, CURLINFO_STARTTRANSFER_TIME_T, &first);
-  if (ready == 0) return kConnecting;
-  if (first == 0) return all_sent ? "waiting for the first byte" : "sending the request";
-  return "receiving the answer";
+const char* Unanswered(const Call& call) {
+  return call.piece == call.pieces.size() ? "waiting for the first byte" : "sending the request";
 }
 
-bool AllSent(const Call& call) { return call.piece == call.pieces.size(); }
+const char* Phase(const Call& call) {
+  curl_off_t ready = 0, first = 0;
+  curl_easy_getinfo(call.easy, CURLINFO_PRETRANSFER_TIME_T, &ready);
+  curl_easy_getinfo(call.easy, CURLINFO_STARTTRANSFER_TIME_T, &first);
+  if (ready == 0) return kConnecting;
+  return first == 0 ? Unanswered(call) : "receiving the answer";
+}
 
 Failure OfTimeout(const Call& call, const char* phase) {
   const Instant now = Clock::now();
@@ -224,15 +225,20 @@ Failure OfTimeout(const Call& call, const char* phase) {
   return {kDeadlineExceeded, said, now < call.deadline, phase == kConnecting || phase == kResolving};
 }
 
+std::string Lost(const Call& call, const char* phase, const std::string& why) {
+  return std::string("the connection ended while ") + phase + " (" + why + ") - at " + call.url().text;
+}
+
 Failure OfCurl(const Call& call, CURLcode code) {
   const std::string& url = call.url().text;
   const std::string why = call.curl_error[0] ? call.curl_error : curl_easy_strerror(code);
   switch (code) {
     case CURLE_OPERATION_TIMEDOUT:
-      return OfTimeout(call, Phase(call.easy, AllSent(call)));
+      return OfTimeout(call, Phase(call));
     case CURLE_COULDNT_CONNECT:
     case CURLE_COULDNT_RESOLVE_HOST:
     case CURLE_SSL_CONNECT_ERROR:
+      if (call.begun) return Away(Lost(call, Unanswered(call), why));  // one that was kept, and there is no other
       return Away("cannot connect (" + why + ") - at " + url);
     case CURLE_PEER_FAILED_VERIFICATION:
       return Final(kUnavailable, "cannot connect (" + why + ") - at " + url);
@@ -244,10 +250,11 @@ Failure OfCurl(const Call& call, CURLcode code) {
     case CURLE_RECV_ERROR:
     case CURLE_GOT_NOTHING:
     case CURLE_PARTIAL_FILE:
+      return Passing(kUnavailable, Lost(call, Phase(call), why));
     case CURLE_SEND_FAIL_REWIND:
-    case CURLE_READ_ERROR:  // what it makes of a request that may not be sent again
-      return Passing(kUnavailable, std::string("the connection ended while ") + Phase(call.easy, AllSent(call)) + " (" + why +
-                                       ") - at " + url);
+    case CURLE_READ_ERROR:
+    case CURLE_ABORTED_BY_CALLBACK:
+      return Passing(kUnavailable, Lost(call, Unanswered(call), "it was kept from an earlier call"));
     case CURLE_WRITE_ERROR:
       return Final(kInternal, call.too_large ? "an answer of more than " + std::to_string(kMaxBodyBytes) + " bytes - at " + url
                                              : "no memory for the answer - at " + url);
@@ -276,12 +283,22 @@ size_t GiveBody(char* into, size_t size, size_t count, void* context) {
   return copied;
 }
 
-// curl sends the request again where a kept connection turned out to be closed; not if it may be sent only once.
+// curl sends a request again by itself where a kept connection ends before the answer begins: we let it do so once, and
+// never where there is to be one sending. It asks for the body anew, or says that it begins, whichever comes first.
+bool MayBegin(const Call& call) { return call.begun < (call.policy().attempts == 1 ? 1 : 2); }
+
 int Rewind(void* context, curl_off_t offset, int origin) {
   auto* call = static_cast<Call*>(context);
-  if (offset != 0 || origin != SEEK_SET || (call->policy().attempts == 1 && (call->piece || call->offset))) return CURL_SEEKFUNC_FAIL;
+  if (offset != 0 || origin != SEEK_SET || (call->begun && !MayBegin(*call))) return CURL_SEEKFUNC_FAIL;
   call->piece = call->offset = 0;
   return CURL_SEEKFUNC_OK;
+}
+
+int BeginToSend(void* context, char*, char*, int, int) {
+  auto* call = static_cast<Call*>(context);
+  if (!MayBegin(*call)) return CURL_PREREQFUNC_ABORT;
+  ++call->begun;
+  return CURL_PREREQFUNC_OK;
 }
 
 // curl takes a connection that ends within the head of an answer for the end of an answer without a body.
@@ -528,6 +545,7 @@ class Loop {
     call->body->Clear();
     call->curl_error[0] = 0;
     call->has_head = false;
+    call->begun = 0;
     SetOptions(call.get());
     running_[call->easy] = call;
     if (curl_multi_add_handle(multi_, call->easy) == CURLM_OK) return {};
@@ -585,6 +603,8 @@ class Loop {
     curl_easy_setopt(easy, CURLOPT_READDATA, call);
     curl_easy_setopt(easy, CURLOPT_SEEKFUNCTION, Rewind);
     curl_easy_setopt(easy, CURLOPT_SEEKDATA, call);
+    curl_easy_setopt(easy, CURLOPT_PREREQFUNCTION, BeginToSend);
+    curl_easy_setopt(easy, CURLOPT_PREREQDATA, call);
     curl_easy_setopt(easy, CURLOPT_WRITEFUNCTION, TakeBody);
     curl_easy_setopt(easy, CURLOPT_WRITEDATA, call);
     curl_easy_setopt(easy, CURLOPT_HEADERFUNCTION, TakeHead);

@@ -138,6 +138,7 @@ struct Call {
   curl_slist* resolved = nullptr;
   uint64_t body_bytes = 0;
   size_t piece = 0, offset = 0;
+  int begun = 0;  // how often curl began to send it in this attempt
   bool too_large = false, has_head = false;
   char curl_error[CURL_ERROR_SIZE] = {};
   const Url& url() const { return (*urls)[place]; }
