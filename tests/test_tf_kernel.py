@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import email.utils
+import functools
 import gc
 import json
+import math
 import os
+import random
 import re
 import socket
 import ssl
@@ -30,6 +34,7 @@ from remote_ops import FunctionServable, Retry, SignatureError, SpecError, Tenso
 from remote_ops.deadline import deadline
 from remote_ops.errors import DeadlineExceeded, NotDifferentiable
 from remote_ops.graphpipe import METADATA_REQUEST, decode_request, encode_error, encode_metadata, encode_response
+from remote_ops.policy import Budget
 from remote_ops.url import TLS
 
 tf = pytest.importorskip("tensorflow")
@@ -41,7 +46,7 @@ from remote_ops.tf.library import CompilerMissing  # noqa: E402
 
 X = np.arange(12, dtype=np.float32).reshape(3, 4) / 7
 ONE = Retry(attempts=1)
-UNAVAILABLE = tf.errors.UNAVAILABLE
+UNAVAILABLE, EXHAUSTED = tf.errors.UNAVAILABLE, tf.errors.RESOURCE_EXHAUSTED
 Script = Callable[[Conversation], None]
 
 
@@ -56,11 +61,13 @@ def failure(url: Any, *, graph: bool = False, **options: Any) -> tuple[int, str]
     return int(status.code), status.message.numpy().decode()
 
 
-def answering(*parts: Any) -> Script:
+def answering(*parts: Any, seen: list[Message] | None = None) -> Script:
     """Answer every request with the body and the status given."""
 
     def script(conversation: Conversation) -> None:
-        while conversation.read() is not None:
+        while (request := conversation.read()) is not None:
+            if seen is not None:
+                seen.append(request)
             conversation.answer(*parts)
 
     return script
@@ -934,20 +941,30 @@ def test_where_every_replica_is_dead_the_error_names_them_all() -> None:
             assert "secret" not in caught.value.message
 
 
-def test_a_replica_that_says_503_is_left_alone_for_a_while() -> None:
+@pytest.mark.parametrize("status", ["503 Unavailable", "429 Too Many Requests"])
+def test_a_replica_that_says_503_or_429_is_left_alone_for_a_while(status: str) -> None:
     seen: list[Message] = []
-
-    def busy(conversation: Conversation) -> None:
-        while (request := conversation.read()) is not None:
-            seen.append(request)
-            conversation.answer(b"", "503 Unavailable")
-
-    with peer(answering(OK)) as free, peer(busy) as full:
+    with peer(answering(OK)) as free, peer(answering(b"", status, seen=seen)) as full:
         since = time.monotonic()
         for _ in range(50):
             ask([full.url, free.url])
         bans = 1 + (time.monotonic() - since)  # each lasts a second or more
         assert 1 <= len(seen) <= bans
+
+
+def test_another_replica_is_asked_at_once() -> None:
+    with peer(answering(OK)) as free, peer(answering(b"", "503 Unavailable")) as full:
+        for _ in range(2):  # one goes to each
+            assert ask([full.url, free.url], retry=Retry(base_s=1e6, max_s=1e6)).shape == (3, 4)
+
+
+def test_a_replica_that_fails_five_times_in_a_row_is_left_alone_for_a_while() -> None:
+    for script, timeout_s, code in ((silent, 0.1, tf.errors.DEADLINE_EXCEEDED), (losing, 10.0, tf.errors.OK)):
+        seen = [0]
+        with peer(answering(OK)) as well, peer(functools.partial(script, seen=seen)) as ill:
+            codes = [failure([ill.url, well.url], timeout_s=timeout_s)[0] for _ in range(60)]
+        assert 5 <= seen[0] <= 8  # and once more when a second has passed, and two
+        assert sorted(codes) == sorted([code] * seen[0] + [tf.errors.OK] * (60 - seen[0]))
 
 
 def test_a_replica_that_does_not_answer_a_connect_leaves_time_for_another() -> None:
@@ -956,10 +973,175 @@ def test_a_replica_that_does_not_answer_a_connect_leaves_time_for_another() -> N
             assert ask([nobody, server.url], timeout_s=4.0).shape == (3, 4)
 
 
+# --------------------------------------------------------------------------- when to try again, and how often
+
+
+IN_BOTH = pytest.mark.parametrize("graph", [False, True])
+
+
+@IN_BOTH
+@pytest.mark.parametrize("date", [False, True])
+def test_retry_after_is_heeded_and_not_waited_for_beyond_the_deadline(graph: bool, date: bool) -> None:
+    later = email.utils.formatdate(time.time() + 60, usegmt=True) if date else "60"
+    seen: list[Message] = []
+    since = time.monotonic()
+    with peer(answering(b"", "503 Unavailable", f"Retry-After: {later}", seen=seen)) as server:
+        assert failure(server.url, graph=graph) == (UNAVAILABLE, f"{server.url} answered 503")
+    assert len(seen) == 1
+    assert time.monotonic() - since < 5
+
+
+@IN_BOTH
+def test_retry_after_is_waited_for_within_the_deadline(graph: bool) -> None:
+    def script(conversation: Conversation) -> None:
+        conversation.read()
+        conversation.answer(b"", "429 Too Many Requests", "Retry-After: 1")
+        conversation.read()
+        conversation.answer(OK)
+
+    with peer(script) as server:
+        since = time.monotonic()
+        assert (tf.function(ask) if graph else ask)(server.url).shape == (3, 4)
+        assert time.monotonic() - since >= 1
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "1.5", "", "\u00b2", "Thu, 99 Foo 2026 00:00:00 GMT", "0"])
+def test_a_retry_after_that_is_none_changes_nothing(text: str) -> None:
+    seen: list[Message] = []
+
+    def script(conversation: Conversation) -> None:
+        while (request := conversation.read()) is not None:
+            seen.append(request)
+            head = f"HTTP/1.1 503 X\r\nContent-Length: 0\r\nRetry-After: {text}\r\n\r\n"
+            conversation.send(head.encode("latin-1"))
+
+    with peer(script) as server:
+        assert failure(server.url, timeout_s=0.9) == (UNAVAILABLE, f"{server.url} answered 503")
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_a_retry_after_of_any_length_is_read(text: str) -> None:
+    seen: list[Message] = []
+    with peer(answering(b"", "429 X", f"Retry-After: {text}", seen=seen)) as server:
+        assert failure(server.url) == (EXHAUSTED, f"{server.url} answered 429")
+    assert len(seen) == 1
+
+
+def test_a_replica_that_asks_to_be_left_alone_is() -> None:
+    seen: list[Message] = []
+    full = answering(b"", "429 Too Many Requests", "Retry-After: 30", seen=seen)
+    with peer(full) as one, peer(answering(OK)) as two:
+        for _ in range(50):
+            ask([one.url, two.url])
+        assert len(seen) == 1
+    seen.clear()
+    since = time.monotonic()
+    with peer(full) as one, peer(full) as two, pytest.raises(tf.errors.ResourceExhaustedError):
+        ask([one.url, two.url])
+    assert len(seen) == 2
+    assert time.monotonic() - since < 5
+
+
+@IN_BOTH
+def test_a_thousand_calls_that_all_fail_send_at_most_a_fifth_more(graph: bool) -> None:
+    def call() -> None:
+        with pytest.raises(tf.errors.UnavailableError):
+            once()
+
+    seen: list[Message] = []
+    with contextlib.ExitStack() as running:
+        urls = [running.enter_context(peer(answering(b"", "503 X", seen=seen))).url for _ in range(3)]
+        made = functools.partial(ask, urls, retry=Retry(base_s=0.001))
+        once = tf.function(made) if graph else made
+        threads = [threading.Thread(target=lambda: [call() for _ in range(250)]) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert 1100 < len(seen) <= 1200
+
+
+@pytest.mark.parametrize(("budget", "sent"), [(0.2, {11, 12}), (0.0, {1}), (math.inf, {99})])
+def test_a_call_that_is_not_sent_again_for_want_of_budget_says_so(budget: float, sent: set[int]) -> None:
+    seen: list[Message] = []
+    with peer(answering(b"", "503 X", seen=seen)) as server:
+        note = "" if 99 in sent else "; not sent again: retries have used up their share of the calls"
+        found = failure(server.url, retry=Retry(attempts=99, base_s=0.0, budget=budget))
+        assert found == (UNAVAILABLE, f"{server.url} answered 503{note}")
+    assert len(seen) in sent
+
+
+def test_where_nobody_was_reached_another_replica_costs_nothing() -> None:
+    with contextlib.ExitStack() as stack, peer(answering(OK)) as server:
+        taken = [stack.enter_context(socket.socket()) for _ in range(30)]
+        for one in taken:
+            one.bind(("127.0.0.1", 0))
+        for one in taken:
+            dead = f"http://127.0.0.1:{one.getsockname()[1]}/m"
+            for _ in range(2):
+                assert ask([dead, server.url], retry=Retry(budget=0.0)).shape == (3, 4)
+            with pytest.raises(tf.errors.UnavailableError, match=r"cannot connect .* not sent again"):
+                ask(dead, retry=Retry(budget=0.0))
+
+
+def test_a_graph_saved_before_there_was_a_budget_has_the_usual_one() -> None:
+    seen: list[Message] = []
+    with peer(answering(b"", "503 X", seen=seen)) as server:
+        with tf.Graph().as_default() as graph:
+            y = ask(server.url, retry=Retry(attempts=99, base_s=0.0, budget=5.0))
+        saved = graph.as_graph_def()
+        (made,) = [node for node in saved.node if node.op == "RemoteOpsClient"]
+        assert made.attr["retry_budget"].f == 5.0
+        del made.attr["retry_budget"]
+        with tf.Graph().as_default() as graph, tf.compat.v1.Session() as session:
+            tf.import_graph_def(saved, name="")
+            with pytest.raises(tf.errors.UnavailableError, match="not sent again"):
+                session.run(y.name)
+    assert len(seen) in (11, 12)
+
+
+BUDGET = """
+#include "budget.h"
+#include <cstdio>
+#include <cstdlib>
+int main(int, char** argv) {
+  using remote_ops::Budget;
+  const auto at = [](long ms) { return Budget::Instant(std::chrono::milliseconds(ms)); };
+  Budget budget(std::atof(argv[1]), at(0));
+  for (long now; std::scanf("%ld", &now) == 1;) {
+    if (now < 0) budget.Earn();
+    if (now >= 0) std::putchar(budget.Spend(at(now)) ? '1' : '0');
+  }
+}
+"""
+
+
+def test_the_budget_is_that_of_an_endpoint(tmp_path: Path) -> None:
+    (tmp_path / "budget.cc").write_text(BUDGET)
+    command = ["g++", "-std=c++17", f"-I{ROOT}/remote_ops/tf/kernel", "budget.cc", "-o", "budget"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    rng = random.Random(0)
+    for ratio in (0.0, 0.05, 0.2, 1.0, 3.0, math.inf):
+        budget, said, now = Budget(ratio), "", 0
+        purse = budget.opened(0.0)
+        script = [-1 if rng.random() < 0.6 else (now := now + rng.choice((0, 0, 1, 40, 900))) for _ in range(5000)]
+        for at in script:
+            if at < 0:
+                purse = budget.earned(purse)
+            else:
+                spent = budget.spent(purse, at / 1000)
+                purse, said = spent or purse, said + "01"[spent is not None]
+        run = [str(tmp_path / "budget"), str(ratio)]
+        done = subprocess.run(run, input=" ".join(map(str, script)), capture_output=True, text=True, check=True)
+        assert done.stdout == said
+        assert "1" in said or not ratio
+
+
 # --------------------------------------------------------------------------- what may be sent once
 
 
-@pytest.mark.parametrize("graph", [False, True])
+@IN_BOTH
 def test_a_request_that_was_on_its_way_when_the_server_went_is_not_said_to_be_unsent(graph: bool) -> None:
     def serve() -> None:
         sock, _ = listener.accept()
@@ -1191,9 +1373,15 @@ def test_with_status_a_gradient_that_fails_is_an_error_all_the_same() -> None:
 # --------------------------------------------------------------------------- time
 
 
-def silent(conversation: Conversation) -> None:
+def silent(conversation: Conversation, seen: list[int] | None = None) -> None:
     while conversation.read() is not None:
-        pass
+        if seen is not None:
+            seen[0] += 1
+
+
+def losing(conversation: Conversation, seen: list[int]) -> None:
+    if conversation.read() is not None:
+        seen[0] += 1
 
 
 def test_a_deadline_holds_in_every_phase() -> None:
@@ -1247,10 +1435,10 @@ def test_the_waits_between_sendings_are_those_of_the_retry() -> None:
     with peer(answering(b"", "503 Unavailable")) as server:
         since = time.monotonic()
         with pytest.raises(tf.errors.UnavailableError):
-            ask(server.url, retry=Retry(attempts=200, base_s=0.0))
+            ask(server.url, retry=Retry(attempts=200, base_s=0.0, budget=math.inf))
         assert time.monotonic() - since < 5  # with the usual waits it would be minutes
         with pytest.raises(tf.errors.UnavailableError):
-            ask(server.url, retry=Retry(attempts=200, base_s=100.0, max_s=0.0))
+            ask(server.url, retry=Retry(attempts=200, base_s=100.0, max_s=0.0, budget=math.inf))
         assert time.monotonic() - since < 10
 
 
@@ -1258,7 +1446,7 @@ def test_retries_end_with_the_deadline() -> None:
     with peer(answering(b"", "503 Unavailable")) as server:
         since = time.monotonic()
         with pytest.raises(tf.errors.OpError):
-            ask(server.url, timeout_s=0.5, retry=Retry(attempts=1000))
+            ask(server.url, timeout_s=0.5, retry=Retry(attempts=1000, budget=math.inf))
         assert time.monotonic() - since < 2
 
 

@@ -80,6 +80,7 @@ def handle_of(client: Client, *, pure: bool) -> Tensor:
         attempts=client.retry.attempts if client.retry.idempotent else 1,
         retry_base_s=client.retry.base_s,
         retry_max_s=client.retry.max_s,
+        retry_budget=client.retry.budget,
         connect_timeout_s=client.connect_timeout_s or 0.0,
         attempt_timeout_s=client.attempt_timeout_s or 0.0,
         kind=tf.variant if pure else tf.resource,

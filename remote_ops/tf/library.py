@@ -25,7 +25,7 @@ __all__ = ["BuildError", "CompilerMissing", "op_library"]
 
 KERNEL = Path(__file__).parent / "kernel"
 SOURCES = ("remote_op.cc", "http.cc", "url.cc")
-HEADERS = ("graphpipe.h", "http.h", "replicas.h", "resolver.h", "url.h")
+HEADERS = ("budget.h", "graphpipe.h", "http.h", "replicas.h", "resolver.h", "url.h")
 
 
 class BuildError(RemoteOpsError):

@@ -24,6 +24,8 @@ namespace {
 constexpr long kUploadBytes = 1 << 20, kReceiveBytes = 1 << 19;
 constexpr uint64_t kMaxBodyBytes = uint64_t{1} << 31;
 constexpr double kForeverS = 1e9;
+constexpr double kHoldS = 1;          // for who is overloaded and does not say how long
+constexpr double kLongestHoldS = 60;  // a server may ask for any length
 constexpr size_t kLoops = 4;
 
 double Seconds(Clock::duration length) { return std::chrono::duration<double>(length).count(); }
@@ -175,6 +177,18 @@ Failure OfStatus(const Call& call, long status, const std::string& type) {
   }
 }
 
+// Seconds from now that a `Retry-After` asks for, which is a number or a date; -1 without one that is either.
+double RetryAfter(CURL* easy) {
+  curl_header* found = nullptr;
+  if (curl_easy_header(easy, "Retry-After", 0, CURLH_HEADER, -1, &found) != CURLHE_OK) return -1;
+  const std::string text = found->value;
+  const bool is_number = std::all_of(text.begin(), text.end(), [](unsigned char c) { return std::isdigit(c); });
+  if (is_number) return text.empty() ? -1 : std::stod(text.substr(0, 12));
+  const time_t date = curl_getdate(text.c_str(), nullptr);
+  const double now = std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
+  return date == -1 ? -1 : std::max(0.0, static_cast<double>(date) - now);
+}
+
 // Reads a whole answer into `call->response`.
 Failure Judge(Call* call) {
   long status = 0;
@@ -185,7 +199,11 @@ Failure Judge(Call* call) {
   if (!call->has_head) {
     return Passing(kUnavailable, "the connection ended while receiving the answer (within its head) - at " + call->url().text);
   }
-  if (status < 200 || status >= 300) return OfStatus(*call, status, type);
+  if (status < 200 || status >= 300) {
+    Failure failure = OfStatus(*call, status, type);
+    failure.retry_after_s = RetryAfter(call->easy);
+    return failure;
+  }
   const std::string& url = call->url().text;
   try {
     call->response = graphpipe::DecodeResponse(call->body->view());
@@ -222,7 +240,8 @@ Failure OfTimeout(const Call& call, const char* phase) {
   const std::string said = "no answer from " + call.url().text + " in " + Fixed(Seconds(now - call.started)) + " (attempt " +
                            std::to_string(call.attempt) + " of " + std::to_string(call.policy().attempts) + ", " +
                            Fixed(Seconds(now - call.sent)) + " " + phase + ")";
-  return {kDeadlineExceeded, said, now < call.deadline, phase == kConnecting || phase == kResolving};
+  const bool unsent = phase == kConnecting || phase == kResolving;
+  return {kDeadlineExceeded, said, now < call.deadline, unsent, unsent};
 }
 
 std::string Lost(const Call& call, const char* phase, const std::string& why) {
@@ -239,7 +258,7 @@ Failure OfCurl(const Call& call, CURLcode code) {
     case CURLE_COULDNT_RESOLVE_HOST:
     case CURLE_SSL_CONNECT_ERROR:
       if (call.begun) return Away(Lost(call, Unanswered(call), why));  // one that was kept, and there is no other
-      return Away("cannot connect (" + why + ") - at " + url);
+      return Unsent("cannot connect (" + why + ") - at " + url);
     case CURLE_PEER_FAILED_VERIFICATION:
       return Final(kUnavailable, "cannot connect (" + why + ") - at " + url);
     case CURLE_SSL_CERTPROBLEM:
@@ -467,27 +486,35 @@ class Loop {
         Settle(call, OfTimeout(*call, kResolving));
         continue;
       }
+      if (call->attempt == 0) {
+        call->place = Choose(*call, now);
+        call->target->budget.Earn();
+      }
       ++call->attempt;
       call->sent = now;
-      Choose(call.get());
+      if (!HasTried(*call, call->place)) call->tried.push_back(call->place);
       FindHost(call);
     }
   }
 
+  static bool HasTried(const Call& call, size_t place) {
+    return std::count(call.tried.begin(), call.tried.end(), place) > 0;
+  }
+
   // The next in turn that is not banned, and that this call has not tried yet; as far as there is such a one.
-  void Choose(Call* call) {
-    const size_t count = call->urls->size(), first = call->turn + call->attempt - 1;
+  size_t Choose(const Call& call, Instant now) {
+    const size_t count = call.urls->size(), first = call.turn + call.attempt;
     int least = 4;
+    size_t best = 0;
     for (size_t i = 0; count > 1 && i < count; ++i) {
       const size_t place = (first + i) % count;
-      const bool tried = std::count(call->tried.begin(), call->tried.end(), place);
-      const int against = 2 * shared_->bans.Holds((*call->urls)[place].curl, call->sent) + tried;
+      const int against = 2 * shared_->bans.Holds((*call.urls)[place].curl, now) + HasTried(call, place);
       if (against < least) {
         least = against;
-        call->place = place;
+        best = place;
       }
     }
-    if (!std::count(call->tried.begin(), call->tried.end(), call->place)) call->tried.push_back(call->place);
+    return best;
   }
 
   // Seconds that the attempt under way may still take.
@@ -526,7 +553,7 @@ class Loop {
     Unschedule(one.call);
     call.addresses = one.addresses.text;
     if (!call.addresses.empty()) return Send(one.call);
-    Settle(one.call, Away("cannot resolve host '" + call.url().host + "' (" + one.addresses.error + ") - at " + call.url().text));
+    Settle(one.call, Unsent("cannot resolve host '" + call.url().host + "' (" + one.addresses.error + ") - at " + call.url().text));
   }
 
   void Send(const std::shared_ptr<Call>& call) {
@@ -653,34 +680,53 @@ class Loop {
 
   // Ends a call with what its attempt came to, or tries again.
   void Settle(const std::shared_ptr<Call>& call, const Failure& failure) {
-    const Url& url = call->url();
-    if (failure.away) {
-      shared_->bans.Failed(url.curl, Clock::now());
-      if (url.is_named) shared_->resolver.Doubt(url.host);
-    } else if (!failure.retryable) {
-      shared_->bans.Worked(url.curl);
+    const Instant now = Clock::now();
+    Remember(call->url(), failure, now);
+    if (!failure.retryable || call->attempt >= call->policy().attempts) return End(call, failure);
+    const size_t next = Choose(*call, now);
+    const bool elsewhere = !HasTried(*call, next);
+    const Instant at = Earliest(*call, failure, next, elsewhere, now);
+    if (at >= call->deadline) return End(call, failure);
+    // Where nobody was reached, another replica adds nothing to the load.
+    if (!(elsewhere && failure.unsent) && !call->target->budget.Spend(now)) {
+      return End(call, failure, "; not sent again: retries have used up their share of the calls");
     }
-    const double wait = failure.retryable ? RetryAfter(*call) : -1;
-    if (wait < 0) return End(call, failure);
     Release(call.get());
-    Schedule(call, Clock::now() + Length(wait));
+    call->place = next;
+    Schedule(call, at);
   }
 
-  // Seconds until the next attempt, with full jitter; -1 if there is none.
-  double RetryAfter(const Call& call) {
+  // What an attempt tells of its replica to those that come after it.
+  void Remember(const Url& url, const Failure& failure, Instant now) {
+    Bans& bans = shared_->bans;
+    const bool asked = failure.retryable && failure.retry_after_s >= 0;
+    if (asked || failure.code == kResourceExhausted) {
+      bans.Busy(url.curl, now, now + Length(asked ? std::min(failure.retry_after_s, kLongestHoldS) : kHoldS), asked);
+    }
+    if (failure.away && url.is_named) shared_->resolver.Doubt(url.host);
+    if (failure.code == kUnavailable || failure.code == kDeadlineExceeded) {
+      bans.Failed(url.curl, now, failure.away);
+    } else if (!failure.retryable) {
+      bans.Worked(url.curl);
+    }
+  }
+
+  // When the next attempt may begin: at once elsewhere, else after a wait with full jitter; but not before the replica
+  // wants to be called.
+  Instant Earliest(const Call& call, const Failure& failure, size_t next, bool elsewhere, Instant now) {
     const Policy& policy = call.policy();
-    if (call.attempt >= policy.attempts) return -1;
     const double longest = std::min(policy.max_s, policy.base_s * std::exp2(call.attempt - 1));
-    const double wait = std::uniform_real_distribution<double>(0, longest)(random_);
-    return Clock::now() + Length(wait) < call.deadline ? wait : -1;
+    double wait = elsewhere ? 0 : std::uniform_real_distribution<double>(0, longest)(random_);
+    if (next == call.place) wait = std::max(wait, failure.retry_after_s);
+    return std::max(now + Length(wait), shared_->bans.AskedUntil((*call.urls)[next].curl));
   }
 
-  void End(const std::shared_ptr<Call>& call, Failure failure) {
+  void End(const std::shared_ptr<Call>& call, Failure failure, const char* note = "") {
     Release(call.get());
     call->over = true;
     call->failure = std::move(failure);
     if (call->failure.code != kOk && call->tried.size() > 1) call->failure.message += Tried(*call);
-    call->failure.message = Readable(call->failure.message);
+    call->failure.message = Readable(call->failure.message + note);
     --load;
     call->done();
   }

@@ -19,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "budget.h"
 #include "graphpipe.h"
 #include "replicas.h"
 #include "url.h"
@@ -46,12 +47,15 @@ struct Failure {
   Code code = kOk;
   std::string message;
   bool retryable = false;
-  bool away = false;  // the replica could not be reached: others are to be asked for a while
+  bool away = false;          // the replica cannot answer: others are to be asked for a while
+  bool unsent = false;        // no connection to it was made
+  double retry_after_s = -1;  // how long it asked to be left alone; -1 if it did not
 };
 
+inline Failure Unsent(std::string message) { return {kUnavailable, std::move(message), true, true, true}; }
 inline Failure Away(std::string message) { return {kUnavailable, std::move(message), true, true}; }
-inline Failure Passing(Code code, std::string message) { return {code, std::move(message), true, false}; }
-inline Failure Final(Code code, std::string message) { return {code, std::move(message), false, false}; }
+inline Failure Passing(Code code, std::string message) { return {code, std::move(message), true}; }
+inline Failure Final(Code code, std::string message) { return {code, std::move(message)}; }
 
 struct Tls {
   std::string ca, cert, key, password;
@@ -62,6 +66,7 @@ struct Tls {
 struct Policy {
   int attempts = 3;
   double base_s = 0.05, max_s = 2.0;  // the longest wait before the second sending, which doubles, and before any
+  double budget = 0.2;                // sendings that may be added, as a share of the calls
   double connect_timeout_s = 0, attempt_timeout_s = 0;
 };
 
@@ -70,9 +75,11 @@ struct Target {
   Places places;
   std::vector<std::pair<std::string, std::string>> headers;  // values may name environment variables as ${NAME}
   Tls tls;
-  Policy policy;
+  const Policy policy;
+  mutable Budget budget;
 
-  Target(const std::vector<std::string>& urls, std::string variable) : places(urls, std::move(variable)) {}
+  Target(const std::vector<std::string>& urls, std::string variable, const Policy& policy = {})
+      : places(urls, std::move(variable)), policy(policy), budget(policy.budget, Clock::now()) {}
 };
 
 // Bytes that grow without being cleared first, on the boundary that TensorFlow wants its tensors on.

@@ -158,7 +158,7 @@ class ClientOp : public tf::OpKernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("endpoint", &endpoint));
     std::unique_ptr<Target> made;
     try {
-      made = std::make_unique<Target>(urls, endpoint);
+      made = std::make_unique<Target>(urls, endpoint, PolicyOf(ctx));
     } catch (const std::invalid_argument& error) {
       ctx->CtxFailure(StatusOf(kInvalidArgument, error.what()));
       return;
@@ -178,23 +178,28 @@ class ClientOp : public tf::OpKernel {
       OP_REQUIRES(ctx, plain, StatusOf(kInvalidArgument, "no header of this name can be set: '" + names[i] + "'"));
       target.headers.emplace_back(names[i], values[i]);
     }
-    SetPolicy(ctx, &target.policy);
     client_.reset(new Client(std::move(made)));
   }
 
-  static void SetPolicy(tf::OpKernelConstruction* ctx, Policy* policy) {
-    float base_s, max_s, connect_timeout_s, attempt_timeout_s;
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("attempts", &policy->attempts));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("retry_base_s", &base_s));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("retry_max_s", &max_s));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("connect_timeout_s", &connect_timeout_s));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("attempt_timeout_s", &attempt_timeout_s));
-    const bool usable = base_s >= 0 && max_s >= 0 && connect_timeout_s >= 0 && attempt_timeout_s >= 0;
-    OP_REQUIRES(ctx, usable, StatusOf(kInvalidArgument, "a length of time is a number of seconds, 0 or more"));
-    policy->base_s = base_s;
-    policy->max_s = max_s;
-    policy->connect_timeout_s = connect_timeout_s;
-    policy->attempt_timeout_s = attempt_timeout_s;
+  static Policy PolicyOf(tf::OpKernelConstruction* ctx) {
+    Policy policy;
+    const auto get = [ctx](const char* name, auto* value) {
+      const absl::Status status = ctx->GetAttr(name, value);
+      if (!status.ok()) ctx->CtxFailure(status);
+    };
+    const auto number = [ctx, &get](const char* name) -> double {
+      float value = 0;
+      get(name, &value);
+      if (!(value >= 0)) ctx->CtxFailure(StatusOf(kInvalidArgument, std::string(name) + ": expected a number, 0 or more"));
+      return value;
+    };
+    get("attempts", &policy.attempts);
+    policy.base_s = number("retry_base_s");
+    policy.max_s = number("retry_max_s");
+    policy.budget = number("retry_budget");
+    policy.connect_timeout_s = number("connect_timeout_s");
+    policy.attempt_timeout_s = number("attempt_timeout_s");
+    return policy;
   }
 
   void Compute(tf::OpKernelContext* ctx) override {
@@ -548,6 +553,7 @@ REGISTER_OP("RemoteOpsClient")
     .Attr("retry_max_s: float = 2")
     .Attr("connect_timeout_s: float = 0")
     .Attr("attempt_timeout_s: float = 0")
+    .Attr("retry_budget: float = 0.2")
     .SetIsStateful()
     .SetShapeFn(tf::shape_inference::ScalarShape)
     .Doc("Who is called: urls, or those that the environment variable endpoint holds, separated by spaces. Values of "
