@@ -26,6 +26,7 @@ from remote_ops.graphpipe import decode_request, encode_error, encode_response
 tf = pytest.importorskip("tensorflow")
 
 from remote_ops.tf import callsite, fallback  # noqa: E402
+from remote_ops.tf.callsite import Ask  # noqa: E402
 from remote_ops.tf.fallback import FallbackWarning  # noqa: E402
 from remote_ops.tf.ops import Client, remote_op, remote_op_multi  # noqa: E402
 
@@ -41,7 +42,7 @@ def ask(client: Client, x: Any = X, dtype: Any = tf.float32, shape: Any = None, 
     """One call of an input x for an output y."""
     values = [tf.convert_to_tensor(x)]
     options = {"timeout_s": client.timeout_s, **options}
-    found = fallback.call(client, values, ["x"], ["y"], [dtype], [tf.TensorShape(shape)], b"", **options)
+    found = fallback.call(client, Ask(values, ["x"], ["y"], [dtype], [tf.TensorShape(shape)], **options))
     return found if "on_error" in options else found[0][0]
 
 
@@ -117,9 +118,8 @@ def test_scalars_and_strings_with_nuls_go_as_they_are() -> None:
 
         def run(number: Any, text: Any) -> Any:
             values = [number, text]
-            return fallback.call(
-                Client((server.url,)), values, ["n", "s"], ["y"], [tf.float32], [tf.TensorShape(None)], b"cfg\0"
-            )[0]
+            asked = Ask(values, ["n", "s"], ["y"], [tf.float32], [tf.TensorShape(None)], b"cfg\0")
+            return fallback.call(Client((server.url,)), asked)[0]
 
         for call in (run, tf.function(run)):
             call(tf.constant(3, tf.int64), tf.constant(b"a\0b\0\0"))

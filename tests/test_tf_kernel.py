@@ -42,6 +42,7 @@ tf = pytest.importorskip("tensorflow")
 from tensorflow.python.eager import cancellation  # noqa: E402
 
 from remote_ops.tf import client, op_library, ops, rawop, remote_op, remote_op_multi  # noqa: E402
+from remote_ops.tf.callsite import Ask  # noqa: E402
 from remote_ops.tf.library import CompilerMissing  # noqa: E402
 
 X = np.arange(12, dtype=np.float32).reshape(3, 4) / 7
@@ -873,10 +874,10 @@ def test_an_eager_call_outside_of_a_function_does_not_end_up_in_one(tmp_path: Pa
 def test_without_a_compiler_the_fallback_answers_and_gradients_go_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
 
-    def answer(*arguments: Any, **options: Any) -> Any:
-        who, inputs, input_names, output_names, types, _shapes, config = arguments
-        asked.append((who.urls, input_names, output_names, config, options.pop("timeout_s") <= 3.0, options))
-        return [tf.cast(2 * inputs[0], dtype) for dtype in types], tf.constant(0), tf.constant("")
+    def answer(who: client.Client, ask: Ask) -> Any:
+        assert ask.timeout_s <= 3.0
+        asked.append((who.urls, ask.input_names, ask.output_names, ask.config, ask.pure, ask.on_error))
+        return [tf.cast(2 * ask.inputs[0], dtype) for dtype in ask.output_types], tf.constant(0), tf.constant("")
 
     monkeypatch.setattr(rawop, "_load", lambda: CompilerMissing("no g++"))
     monkeypatch.setitem(sys.modules, "remote_ops.tf.fallback", types.SimpleNamespace(call=answer))
@@ -890,10 +891,9 @@ def test_without_a_compiler_the_fallback_answers_and_gradients_go_through_it(mon
     for function in (gradient, tf.function(gradient)):
         asked.clear()
         np.testing.assert_array_equal(function(tf.constant(X)), 2 * X)
-        options = {"pure": True, "on_error": "raise"}
         assert asked == [
-            (("http://127.0.0.1:1/m",), ["x"], ["y"], b"cfg", True, options),
-            (("http://127.0.0.1:1/m",), ["x", "cotangent:y"], ["gradient:x"], b"cfg", True, options),
+            (("http://127.0.0.1:1/m",), ["x"], ["y"], b"cfg", True, "raise"),
+            (("http://127.0.0.1:1/m",), ["x", "cotangent:y"], ["gradient:x"], b"cfg", True, "raise"),
         ]
 
 

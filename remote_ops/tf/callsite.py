@@ -22,7 +22,7 @@ from remote_ops.tf.client import Client
 from remote_ops.tf.rawop import has_kernel, load_ops, unless_failed, vjp_parts
 from remote_ops.url import TLS
 
-__all__ = ["CallSite", "Status", "by_kernel", "call", "dtype_of", "handle_of", "shape_of"]
+__all__ = ["Ask", "CallSite", "Status", "by_kernel", "call", "dtype_of", "handle_of", "shape_of"]
 
 Tensor = Any  # tf.Tensor: tensorflow has no types that mypy reads
 
@@ -87,27 +87,33 @@ def handle_of(client: Client, *, pure: bool) -> Tensor:
     )
 
 
+class Ask(NamedTuple):
+    """One call: names and tensors that go in; names, dtypes and shapes of what is to come out; and how it is made.
+
+    `pure=False` has TensorFlow run it even where nobody uses its outputs. `timeout_s` is what it may take in all, with
+    retries, in seconds; a number, or a scalar tensor. `on_error="status"` has the outputs filled and the code set where
+    it fails, instead of an error.
+    """
+
+    inputs: Sequence[Tensor]
+    input_names: Sequence[str]
+    output_names: Sequence[str]
+    output_types: Sequence[tf.DType]
+    output_shapes: Sequence[tf.TensorShape]
+    config: str | bytes = b""
+    pure: bool = True
+    timeout_s: Any = 30.0
+    on_error: str = "raise"
+
+
 def call(
-    client: Client,
-    inputs: Sequence[Tensor],
-    input_names: Sequence[str],
-    output_names: Sequence[str],
-    output_types: Sequence[tf.DType],
-    output_shapes: Sequence[tf.TensorShape],
-    config: str | bytes = b"",
-    *,
-    pure: bool = True,
-    timeout_s: Any = 30.0,
-    on_error: str = "raise",
-    handle: Tensor | None = None,
-    differentiable: Sequence[int] = (),
+    client: Client, ask: Ask, *, handle: Tensor | None = None, differentiable: Sequence[int] = ()
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """One call as one op: names and tensors in, tensors out, and the code and message of `Status`.
+    """One call as one op: the outputs, and the code and message of `Status`.
 
     Args:
-        pure: False has TensorFlow run it even where nobody uses its outputs.
-        timeout_s: seconds that it may take in all, retries included; a number, or a scalar tensor.
-        on_error: `status` has the outputs filled and the code set where it fails, instead of an error.
+        client: who is called.
+        ask: what goes in, and what is to come out.
         handle: what `handle_of` gave, to be used again.
         differentiable: the inputs that an eager tape is to ask gradients for.
 
@@ -118,23 +124,20 @@ def call(
     """
     if not by_kernel(client):
         fallback: Any = importlib.import_module("remote_ops.tf.fallback")
-        outputs, code, message = fallback.call(
-            client, inputs, input_names, output_names, output_types, output_shapes, config,
-            pure=pure, timeout_s=timeout_s, on_error=on_error,
-        )  # fmt: skip
+        outputs, code, message = fallback.call(client, ask)
         return list(outputs), code, message
     ops = load_ops()
-    infer = ops.remote_ops_infer if pure else ops.remote_ops_infer_ordered
+    infer = ops.remote_ops_infer if ask.pure else ops.remote_ops_infer_ordered
     outputs, code, message = infer(
-        client=handle_of(client, pure=pure) if handle is None else handle,
-        timeout_s=timeout_s,
-        inputs=inputs,
-        output_types=output_types,
-        output_shapes=output_shapes,
-        input_names=input_names,
-        output_names=output_names,
-        config=config,
-        on_error=on_error,
+        client=handle_of(client, pure=ask.pure) if handle is None else handle,
+        timeout_s=ask.timeout_s,
+        inputs=ask.inputs,
+        output_types=ask.output_types,
+        output_shapes=ask.output_shapes,
+        input_names=ask.input_names,
+        output_names=ask.output_names,
+        config=ask.config,
+        on_error=ask.on_error,
         differentiable=differentiable,
         blocking=tf.executing_eagerly(),
     )
@@ -265,11 +268,11 @@ class CallSite:
     def _call(
         self, tensors: list[Tensor], timeout_s: Any, handle: Tensor | None
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        return call(
-            self.client, tensors, self._names, self.output_names, self.types, self.shapes, self.config,
-            pure=self.pure, timeout_s=timeout_s, on_error=self.on_error,
-            handle=handle, differentiable=self._differentiable,
+        ask = Ask(
+            tensors, self._names, self.output_names, self.types, self.shapes,
+            self.config, self.pure, timeout_s, self.on_error,
         )  # fmt: skip
+        return call(self.client, ask, handle=handle, differentiable=self._differentiable)
 
     def _in_graph(self, tensors: list[Tensor], timeout_s: Any) -> tuple[list[Tensor], Status]:
         timeouts = [timeout_s] if tf.is_tensor(timeout_s) else []
@@ -300,18 +303,17 @@ class CallSite:
         handle = handle_of(self.client, pure=self.pure) if by_kernel(self.client) else None
 
         def ask() -> list[Tensor]:
-            gradients, _, _ = call(
-                self.client,
+            asked = Ask(
                 [*tensors, *(tf.cast(cotangents[i], self.types[i]) for i in given)],
                 [*self._names, *(f"cotangent:{self.output_names[i]}" for i in given)],
                 [f"gradient:{self._names[i]}" for i in wanted],
                 [tensors[i].dtype for i in wanted],
                 [tensors[i].shape for i in wanted],
                 self.config,
-                pure=self.pure,
-                timeout_s=timeout_s,
-                handle=handle,
+                self.pure,
+                timeout_s,
             )
+            gradients, _, _ = call(self.client, asked, handle=handle)
             return gradients
 
         like = [tensors[i] for i in wanted]

@@ -35,6 +35,7 @@ from remote_ops.errors import (
 )
 from remote_ops.policy import Retry
 from remote_ops.signature import DTYPES, Array, Signature, TensorSpec
+from remote_ops.tf.callsite import Ask
 from remote_ops.tf.client import Client
 from remote_ops.tf.failure import fail_if
 from remote_ops.tf.tensors import array_of
@@ -50,27 +51,8 @@ class FallbackWarning(UserWarning):
     """Remote ops run as Python code, since no C++ compiler is here or for their protocol; says what that cannot do."""
 
 
-def call(
-    client: Client,
-    inputs: Sequence[Tensor],
-    input_names: Sequence[str],
-    output_names: Sequence[str],
-    output_types: Sequence[tf.DType],
-    output_shapes: Sequence[tf.TensorShape],
-    config: str | bytes = b"",
-    *,
-    pure: bool = True,
-    timeout_s: Any = 30.0,
-    on_error: str = "raise",
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """One call without a gradient: names and tensors in; the outputs, a status code and its words out.
-
-    Args:
-        client: who is called.
-        pure: False has TensorFlow run it even where nobody uses its outputs.
-        timeout_s: seconds that a call may take in all, retries included; a number, or a scalar tensor.
-        on_error: `raise`, or `status`: then a fault is told by the code, 0 for none, and the outputs are filled as
-            those of the compiled op.
+def call(client: Client, ask: Ask) -> tuple[list[Tensor], Tensor, Tensor]:
+    """One call without a gradient: the outputs, a status code and its words; as the compiled op gives them.
 
     Raises:
         tf.errors.OpError: when it runs; the classes of the compiled op.
@@ -79,16 +61,15 @@ def call(
         FallbackWarning: once per process and reason.
     """
     _warn(oip=client.speaks_oip)
-    site = _Site.of(client, inputs, input_names, output_names, output_types, output_shapes, config)
+    site = _Site.of(client, ask)
     run = _run_eagerly if tf.executing_eagerly() else _run_in_graph
-    raises = on_error == "raise"
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
     def once(*tensors: Tensor) -> Any:
-        outputs, code, message = run(site, tensors, list(output_types), list(output_shapes), pure=pure, raises=raises)
+        outputs, code, message = run(site, ask, tensors)
         return [*outputs, code, message], _no_second_derivative
 
-    *outputs, code, message = once(tf.cast(timeout_s, tf.float64), *inputs)
+    *outputs, code, message = once(tf.cast(ask.timeout_s, tf.float64), *ask.inputs)
     return outputs, code, message
 
 
@@ -125,43 +106,28 @@ _OIP = (
 # --------------------------------------------------------------------------- in TensorFlow
 
 
-def _run_eagerly(
-    site: _Site,
-    inputs: Sequence[Tensor],
-    types: list[tf.DType],
-    shapes: list[tf.TensorShape],
-    *,
-    pure: bool,
-    raises: bool,
-) -> tuple[list[Tensor], Tensor, Tensor]:
+def _run_eagerly(site: _Site, ask: Ask, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
     code, message, *arrays = site(*(array_of(tensor) for tensor in inputs))
-    if code and raises:
+    if code and ask.on_error == "raise":
         raise tf.compat.v1.errors.exception_type_from_error_code(int(code))(None, None, message.item().decode())
     with tf.device("/CPU:0"):
-        outputs = [tf.constant(array, dtype) for array, dtype in zip(arrays, types, strict=True)]
+        outputs = [tf.constant(array, dtype) for array, dtype in zip(arrays, ask.output_types, strict=True)]
         return outputs, tf.constant(code), tf.constant(message.item())
 
 
-def _run_in_graph(
-    site: _Site,
-    inputs: Sequence[Tensor],
-    types: list[tf.DType],
-    shapes: list[tf.TensorShape],
-    *,
-    pure: bool,
-    raises: bool,
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    if pure:
+def _run_in_graph(site: _Site, ask: Ask, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
+    types = [tf.int32, tf.string, *ask.output_types]
+    if ask.pure:
         code, message, *found = tf.numpy_function(
-            lambda _, *values: site(*values), [_nonce(), *inputs], [tf.int32, tf.string, *types], stateful=False
+            lambda _, *values: site(*values), [_nonce(), *inputs], types, stateful=False
         )
     else:
-        code, message, *found = tf.numpy_function(site, list(inputs), [tf.int32, tf.string, *types], stateful=True)
+        code, message, *found = tf.numpy_function(site, list(inputs), types, stateful=True)
     code.set_shape([])
     message.set_shape([])
-    with tf.control_dependencies([fail_if(code, message)] if raises else []):
+    with tf.control_dependencies([fail_if(code, message)] if ask.on_error == "raise" else []):
         outputs = [tf.identity(tensor) for tensor in found]
-    for tensor, shape in zip(outputs, shapes, strict=True):
+    for tensor, shape in zip(outputs, ask.output_shapes, strict=True):
         tensor.set_shape(shape)
     return outputs, code, message
 
@@ -187,14 +153,14 @@ class _Site:
     config: bytes
 
     @classmethod
-    def of(
-        cls, client: Client, inputs: Sequence[Tensor], input_names: Sequence[str], output_names: Sequence[str],
-        types: Sequence[tf.DType], shapes: Sequence[tf.TensorShape], config: str | bytes,
-    ) -> _Site:  # fmt: skip
+    def of(cls, client: Client, ask: Ask) -> _Site:
         """A call site of what the op is given."""
-        taken = [_spec("input", name, tensor.dtype, None) for name, tensor in zip(input_names, inputs, strict=True)]
-        given = [_spec("output", *row) for row in zip(output_names, types, shapes, strict=True)]
-        config = config.encode() if isinstance(config, str) else config
+        taken = [
+            _spec("input", name, value.dtype, None) for name, value in zip(ask.input_names, ask.inputs, strict=True)
+        ]
+        outputs = zip(ask.output_names, ask.output_types, ask.output_shapes, strict=True)
+        given = [_spec("output", *output) for output in outputs]
+        config = ask.config.encode() if isinstance(ask.config, str) else ask.config
         return cls(client, Signature(tuple(taken), tuple(given)), config)
 
     def __call__(self, timeout_s: Any, *values: Any) -> tuple[Any, ...]:
