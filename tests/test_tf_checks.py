@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rawpeer import Conversation, Message, Peer, peer, until
-from tfpeer import python
+from tfpeer import OK, ONE, X, python
 
 import server_ref
 from remote_ops import Endpoint, FunctionServable, Retry, TensorSpec, errors, graphpipe
@@ -39,9 +39,6 @@ from torchpeer import mix, pair  # noqa: E402
 from remote_ops.tf import remote_op, remote_op_multi  # noqa: E402
 from remote_ops.torch import RemoteModule  # noqa: E402
 
-X = np.arange(12, dtype=np.float32).reshape(3, 4) / 7
-ONE = Retry(attempts=1)
-OK = b"".join(encode_response([X]))
 FORMS = [*IN_PROCESS, "saved"]
 CAPTURES = Path(__file__).parent / "captures"
 

@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 from rawoip import Model, doubling, sides
 from rawpeer import Conversation, Message, peer, unreachable
-from tfpeer import MATRIX, ROOT, echo, mix, scaled
+from tfpeer import FAULTS, MATRIX, OK, ONE, ROOT, X, answering, models
 
 import server_ref
-from remote_ops import FunctionServable, Retry, TensorSpec
-from remote_ops.graphpipe import decode_request, encode_error, encode_response
+from remote_ops import FunctionServable, TensorSpec
+from remote_ops.graphpipe import decode_request
 
 tf = pytest.importorskip("tensorflow")
+
+from tfforms import VALUES  # noqa: E402
 
 from remote_ops.tf import callsite, fallback  # noqa: E402
 from remote_ops.tf.callsite import Ask  # noqa: E402
@@ -31,11 +33,6 @@ from remote_ops.tf.fallback import FallbackWarning  # noqa: E402
 from remote_ops.tf.ops import Client, remote_op, remote_op_multi  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::remote_ops.tf.fallback.FallbackWarning")
-
-ONE = Retry(attempts=1)
-X = np.arange(12, dtype=np.float32).reshape(3, 4) / 7
-OK = b"".join(encode_response([X]))
-Script = Callable[[Conversation], None]
 
 
 def ask(client: Client, x: Any = X, dtype: Any = tf.float32, shape: Any = None, **options: Any) -> Any:
@@ -46,24 +43,9 @@ def ask(client: Client, x: Any = X, dtype: Any = tf.float32, shape: Any = None, 
     return found if "on_error" in options else found[0][0]
 
 
-def answering(*parts: Any, seen: list[Message] | None = None) -> Script:
-    """Answer every request with the body and the status given."""
-
-    def script(conversation: Conversation) -> None:
-        while (request := conversation.read()) is not None:
-            if seen is not None:
-                seen.append(request)
-            conversation.answer(*parts)
-
-    return script
-
-
 @pytest.fixture(scope="module")
 def served() -> Iterator[Callable[[str], str]]:
-    models = {"mix": mix(), "scaled": scaled()}
-    for dtype in ("bool", "bfloat16", "float8_e5m2", "string", "float16", "uint8", "int64", "float64", "uint32"):
-        models[dtype] = echo(dtype)
-    with server_ref.running(models) as base:
+    with server_ref.running(models()) as base:
         yield lambda name: f"{base}{name}"
 
 
@@ -88,22 +70,7 @@ def test_a_call_gives_what_the_model_gives_in_eager_mode_and_in_a_function(serve
         assert concrete(tf.constant(X[:2])).shape == (2, 4)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        tf.constant([True, False]),
-        tf.cast([1.5, -2.0], tf.bfloat16),
-        tf.cast([1.5, -2.0], tf.dtypes.experimental.float8_e5m2),
-        tf.constant([b"a\0b\0", b"", b"\0", b"x" * 1000, "größe".encode()]),
-        tf.constant([], tf.string),
-        tf.constant([1.5, np.nan], tf.float16),
-        tf.constant([0, 255], tf.uint8),
-        tf.constant([-(2**63), 2**63 - 1]),
-        tf.constant([], tf.float64),
-        tf.constant([2**32 - 1], tf.uint32),
-    ],
-    ids=lambda value: value.dtype.name,
-)
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: value.dtype.name)
 def test_every_kind_of_tensor_comes_back_as_it_went(served: Callable[[str], str], value: Any) -> None:
     call = functools.partial(ask, Client((served(value.dtype.name),)), dtype=value.dtype, shape=[None])
     for run in (call, tf.function(call)):
@@ -222,29 +189,6 @@ def test_threads_and_datasets_call_at_once() -> None:
 
 
 # --------------------------------------------------------------------------- faults
-
-HTML = b"<html><h1>Bad gateway</h1></html>"
-FAULTS = [
-    ("code 3", (encode_error(3, "bad input"), "400 Bad Request"), "InvalidArgumentError", "bad input - from", 1),
-    ("code 4", (encode_error(4, "too late"), "504 Gateway Timeout"), "DeadlineExceededError", "too late", 1),
-    ("code 5", (encode_error(5, "no such model"), "404 Not Found"), "NotFoundError", "no such model", 1),
-    ("code 8", (encode_error(8, "queue full"), "429 Too Many Requests"), "ResourceExhaustedError", "queue full", 3),
-    ("code 12", (encode_error(12, "no gradient"), "501 Not Implemented"), "UnimplementedError", "no gradient", 1),
-    ("code 13", (encode_error(13, "it broke"), "500 Internal"), "InternalError", "it broke", 1),
-    ("code 14", (encode_error(14, "loading"), "503 Unavailable"), "UnavailableError", "loading", 3),
-    ("code 77", (encode_error(77, "what?"), "500 Internal"), "UnknownError", "what.*77", 1),
-    ("502", (HTML, "502 Bad Gateway", "Content-Type: text/html"), "UnavailableError", "answered 502: Bad gateway", 3),
-    ("504", (b"", "504 Gateway Timeout"), "DeadlineExceededError", "answered 504", 1),
-    ("go", (b"no input", "400 Bad Request", "Content-Type: text/plain"), "InvalidArgumentError", "400: no input", 1),
-    ("401", (b"", "401 Unauthorized"), "UnauthenticatedError", "headers=", 1),
-    ("403", (b"", "403 Forbidden"), "PermissionDeniedError", "headers=", 1),
-    ("404", (b"", "404 Not Found"), "NotFoundError", "answered 404", 1),
-    ("301", (b"", "301 Moved", "Location: http://new/m?key=1"), "InternalError", "moved to 'http://new/m'", 1),
-    ("empty", (b"",), "InternalError", "answered 200 with an empty body", 1),
-    ("garbage", (b"\xff" * 64,), "InternalError", "is no GraphPipe message: .* at byte", 1),
-    ("no outputs", (b"".join(encode_response([])),), "InternalError", "expected 1 outputs, got 0 - from", 1),
-    ("dtype", (b"".join(encode_response([X.astype("f8")])),), "InternalError", r"float32 of any.* float64 \[3, 4\]", 1),
-]
 
 
 @pytest.mark.parametrize(("answer", "error", "words", "calls"), [row[1:] for row in FAULTS],

@@ -27,7 +27,7 @@ import pytest
 import trustme
 from rawpeer import Conversation, Message, peer, serving, unreachable, until
 from test_hostile import Layout
-from tfpeer import MATRIX, ROOT, echo, mix, python, scaled
+from tfpeer import FAULTS, MATRIX, OK, ONE, ROOT, Script, X, answering, mix, models, python
 
 import server_ref
 from remote_ops import FunctionServable, Retry, SignatureError, SpecError, TensorSpec
@@ -40,15 +40,13 @@ from remote_ops.url import TLS
 tf = pytest.importorskip("tensorflow")
 
 from tensorflow.python.eager import cancellation  # noqa: E402
+from tfforms import VALUES  # noqa: E402
 
 from remote_ops.tf import client, op_library, ops, rawop, remote_op, remote_op_multi  # noqa: E402
 from remote_ops.tf.callsite import Ask  # noqa: E402
 from remote_ops.tf.library import CompilerMissing  # noqa: E402
 
-X = np.arange(12, dtype=np.float32).reshape(3, 4) / 7
-ONE = Retry(attempts=1)
 UNAVAILABLE, EXHAUSTED = tf.errors.UNAVAILABLE, tf.errors.RESOURCE_EXHAUSTED
-Script = Callable[[Conversation], None]
 
 
 def ask(url: Any, x: Any = X, **options: Any) -> Any:
@@ -62,29 +60,12 @@ def failure(url: Any, *, graph: bool = False, **options: Any) -> tuple[int, str]
     return int(status.code), status.message.numpy().decode()
 
 
-def answering(*parts: Any, seen: list[Message] | None = None) -> Script:
-    """Answer every request with the body and the status given."""
-
-    def script(conversation: Conversation) -> None:
-        while (request := conversation.read()) is not None:
-            if seen is not None:
-                seen.append(request)
-            conversation.answer(*parts)
-
-    return script
-
-
-OK = b"".join(encode_response([X]))
-
 # --------------------------------------------------------------------------- answers
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Callable[[str], str]]:
-    models = {"mix": mix(), "scaled": scaled()}
-    for dtype in ("bool", "bfloat16", "float8_e5m2", "string", "float16", "uint8", "int64", "float64", "uint32"):
-        models[dtype] = echo(dtype)
-    with server_ref.running(models) as base:
+    with server_ref.running(models()) as base:
         yield lambda name: f"{base}{name}"
 
 
@@ -106,22 +87,7 @@ def test_several_inputs_and_outputs_go_by_their_names(served: Callable[[str], st
     assert product.numpy().tolist() == [3, 6]
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        tf.constant([True, False]),
-        tf.cast([1.5, -2.0], tf.bfloat16),
-        tf.cast([1.5, -2.0], tf.dtypes.experimental.float8_e5m2),
-        tf.constant([b"a\0b", b"", b"\0", b"x" * 1000, "größe".encode()]),
-        tf.constant([], tf.string),
-        tf.constant([1.5, np.nan], tf.float16),
-        tf.constant([0, 255], tf.uint8),
-        tf.constant([-(2**63), 2**63 - 1]),
-        tf.constant([], tf.float64),
-        tf.constant([2**32 - 1], tf.uint32),
-    ],
-    ids=lambda value: value.dtype.name,
-)
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: value.dtype.name)
 def test_every_kind_of_tensor_comes_back_as_it_went(served: Callable[[str], str], value: Any) -> None:
     got = remote_op(served(value.dtype.name), value)
     assert got.dtype == value.dtype
@@ -511,18 +477,9 @@ def test_a_saved_model_that_was_loaded_is_saved_again(served: Callable[[str], st
     np.testing.assert_allclose(model.call(tf.constant(X), tf.constant(10.0)), np.sin(X) @ MATRIX, rtol=1e-5)
 
 
-def counting(seen: list[Message]) -> Script:
-    def script(conversation: Conversation) -> None:
-        while (request := conversation.read()) is not None:
-            seen.append(request)
-            conversation.answer(OK)
-
-    return script
-
-
 def test_a_call_with_constant_inputs_is_made_every_time() -> None:
     seen: list[Message] = []
-    with peer(counting(seen)) as server:
+    with peer(answering(OK, seen=seen)) as server:
         function = tf.function(lambda: ask(server.url, tf.constant(X)))
         for _ in range(3):
             function()
@@ -532,7 +489,7 @@ def test_a_call_with_constant_inputs_is_made_every_time() -> None:
 @pytest.mark.parametrize(("pure", "calls"), [(True, 2), (False, 3)])
 def test_a_pure_call_that_nobody_uses_is_left_out_and_two_alike_stay_two(pure: bool, calls: int) -> None:
     seen: list[Message] = []
-    with peer(counting(seen)) as server:
+    with peer(answering(OK, seen=seen)) as server:
 
         @tf.function
         def function(x: Any) -> Any:
@@ -577,46 +534,13 @@ def test_a_dataset_maps_eight_calls_at_once() -> None:
 # --------------------------------------------------------------------------- faults
 
 
-HTML = b"<html><h1>Bad gateway</h1></html>"
-MATRIX_OF_FAULTS = [
-    ("code 3", (encode_error(3, "bad input"), "400 Bad Request"), "InvalidArgumentError", "bad input - from", 1),
-    ("code 4", (encode_error(4, "too late"), "504 Gateway Timeout"), "DeadlineExceededError", "too late", 1),
-    ("code 5", (encode_error(5, "no such model"), "404 Not Found"), "NotFoundError", "no such model", 1),
-    ("code 8", (encode_error(8, "queue full"), "429 Too Many Requests"), "ResourceExhaustedError", "queue full", 3),
-    ("code 12", (encode_error(12, "no gradient"), "501 Not Implemented"), "UnimplementedError", "no gradient", 1),
-    ("code 13", (encode_error(13, "it broke"), "500 Internal"), "InternalError", "it broke", 1),
-    ("code 14", (encode_error(14, "loading"), "503 Unavailable"), "UnavailableError", "loading", 3),
-    ("code 14 at 200", (encode_error(14, "loading"),), "UnavailableError", "loading", 3),
-    ("code 77", (encode_error(77, "what?"), "500 Internal"), "UnknownError", "what.*77", 1),
-    ("502", (HTML, "502 Bad Gateway", "Content-Type: text/html"), "UnavailableError", "answered 502: Bad gateway", 3),
-    ("503", (b"", "503 Unavailable"), "UnavailableError", "answered 503", 3),
-    ("504", (b"", "504 Gateway Timeout"), "DeadlineExceededError", "answered 504", 1),
-    ("429", (b"", "429 Too Many Requests"), "ResourceExhaustedError", "answered 429", 3),
-    ("go", (b"no input", "400 Bad Request", "Content-Type: text/plain"), "InvalidArgumentError", "400: no input", 1),
-    ("401", (b"", "401 Unauthorized"), "UnauthenticatedError", "headers=", 1),
-    ("301", (b"", "301 Moved", "Location: http://new/m?key=1"), "InternalError", "moved to 'http://new/m'", 1),
-    ("empty", (b"",), "InternalError", "answered 200 with an empty body", 1),
-    ("html", (HTML, "200 OK", "Content-Type: text/html"), "InternalError", "200: Bad gateway: expected a GraphPipe", 1),
-    ("garbage", (b"\xff" * 64,), "InternalError", "is no GraphPipe message: .* at byte", 1),
-    ("cut", (OK[:-1],), "InternalError", "is no GraphPipe message: .*runs past the end", 1),
-    ("no outputs", (b"".join(encode_response([])),), "InternalError", "expected 1 outputs, got 0 - from", 1),
-    ("dtype", (b"".join(encode_response([X.astype("f8")])),), "InternalError", r"float32 of any.* float64 \[3, 4\]", 1),
-]
-
-
-@pytest.mark.parametrize(("answer", "error", "words", "calls"), [row[1:] for row in MATRIX_OF_FAULTS],
-                         ids=[row[0] for row in MATRIX_OF_FAULTS])  # fmt: skip
+@pytest.mark.parametrize(("answer", "error", "words", "calls"), [row[1:] for row in FAULTS],
+                         ids=[row[0] for row in FAULTS])  # fmt: skip
 def test_every_fault_is_an_error_of_its_own_and_only_passing_ones_are_tried_again(
     answer: tuple[Any, ...], error: str, words: str, calls: int
 ) -> None:
     seen: list[Message] = []
-
-    def script(conversation: Conversation) -> None:
-        while (request := conversation.read()) is not None:
-            seen.append(request)
-            conversation.answer(*answer)
-
-    with peer(script) as server:
+    with peer(answering(*answer, seen=seen)) as server:
         for call in (lambda: ask(f"{server.url}?key=secret"), tf.function(lambda: ask(f"{server.url}?key=secret"))):
             seen.clear()
             with pytest.raises(tf.errors.OpError, match=words) as caught:
@@ -1514,7 +1438,7 @@ def test_a_thousand_calls_cancelled_at_any_moment_end_once_each() -> None:
 
 def test_a_header_is_read_from_the_environment_at_each_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[Message] = []
-    with peer(counting(seen)) as server:
+    with peer(answering(OK, seen=seen)) as server:
         headers = {"Authorization": "Bearer ${REMOTE_OPS_TEST_TOKEN}"}
         function = tf.function(lambda x: ask(server.url, x, headers=headers))
         for token in ("first", "second"):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from remote_ops.tf import op_library
@@ -22,6 +23,20 @@ from remote_ops.tf import op_library
 ROOT = Path(__file__).parents[1]
 Call = Callable[[Any], Any]
 Found = tuple[Any, Any]  # an output, and a gradient or None
+
+# A tensor of every kind, whose dtype is the name of the model in `tfpeer` that gives it back.
+VALUES = [
+    tf.constant([True, False]),
+    tf.cast([1.5, -2.0], tf.bfloat16),
+    tf.cast([1.5, -2.0], tf.dtypes.experimental.float8_e5m2),
+    tf.constant([b"a\0b\0", b"", b"\0", b"x" * 1000, "größe".encode()]),
+    tf.constant([], tf.string),
+    tf.constant([1.5, np.nan], tf.float16),
+    tf.constant([0, 255], tf.uint8),
+    tf.constant([-(2**63), 2**63 - 1]),
+    tf.constant([], tf.float64),
+    tf.constant([2**32 - 1], tf.uint32),
+]
 
 # Reads one request a line: the folder of a SavedModel, the name of a function, its inputs, and the cotangents of its
 # outputs where gradients are wanted. Answers with outputs and gradients, or with the error's class and message.
