@@ -40,6 +40,7 @@ from remote_ops.url import TLS
 tf = pytest.importorskip("tensorflow")
 
 from tensorflow.python.eager import cancellation  # noqa: E402
+from tensorflow.python.framework import op_def_registry  # noqa: E402
 from tfforms import VALUES  # noqa: E402
 
 from remote_ops.tf import client, op_library, ops, rawop, remote_op, remote_op_multi  # noqa: E402
@@ -1023,6 +1024,29 @@ def test_a_graph_saved_before_there_was_a_budget_has_the_usual_one() -> None:
             with pytest.raises(tf.errors.UnavailableError, match="not sent again"):
                 session.run(y.name)
     assert len(seen) in (11, 12)
+
+
+# Inputs, outputs and attributes of the ops, as they were in the first SavedModels of users.
+CLIENT = (
+    ((), ("client",)),
+    "kind urls endpoint header_names header_values ca cert key key_password verify attempts retry_base_s retry_max_s "
+    "connect_timeout_s attempt_timeout_s",
+)
+INFER = (
+    (("client", "timeout_s", "inputs"), ("outputs", "code", "message")),
+    "input_types output_types output_shapes input_names output_names config on_error differentiable blocking",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "first"), [("RemoteOpsClient", CLIENT), ("RemoteOpsInfer", INFER), ("RemoteOpsInferOrdered", INFER)]
+)
+def test_what_saved_graphs_name_stays_and_what_is_added_has_a_default(name: str, first: Any) -> None:
+    rawop.load_ops()
+    op, known = op_def_registry.get(name), first[1].split()
+    assert tuple(tuple(one.name for one in side) for side in (op.input_arg, op.output_arg)) == first[0]
+    assert {attr.name for attr in op.attr} >= set(known)
+    assert [attr.name for attr in op.attr if attr.name not in known and not attr.HasField("default_value")] == []
 
 
 BUDGET = """
