@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -884,7 +884,7 @@ def test_another_replica_is_asked_at_once() -> None:
 
 
 def test_a_replica_that_fails_five_times_in_a_row_is_left_alone_for_a_while() -> None:
-    for script, timeout_s, code in ((silent, 0.1, tf.errors.DEADLINE_EXCEEDED), (losing, 10.0, tf.errors.OK)):
+    for script, timeout_s, code in ((silent, 0.3, tf.errors.DEADLINE_EXCEEDED), (losing, 10.0, tf.errors.OK)):
         seen = [0]
         with peer(answering(OK)) as well, peer(functools.partial(script, seen=seen)) as ill:
             codes = [failure([ill.url, well.url], timeout_s=timeout_s)[0] for _ in range(60)]
@@ -941,7 +941,7 @@ def test_a_retry_after_that_is_none_changes_nothing(text: str) -> None:
             conversation.send(head.encode("latin-1"))
 
     with peer(script) as server:
-        assert failure(server.url, timeout_s=0.9) == (UNAVAILABLE, f"{server.url} answered 503")
+        assert failure(server.url, timeout_s=1.9) == (UNAVAILABLE, f"{server.url} answered 503")
     assert len(seen) == 3
 
 
@@ -987,8 +987,8 @@ def test_a_thousand_calls_that_all_fail_send_at_most_a_fifth_more(graph: bool) -
     assert 1100 < len(seen) <= 1200
 
 
-@pytest.mark.parametrize(("budget", "sent"), [(0.2, {11, 12}), (0.0, {1}), (math.inf, {99})])
-def test_a_call_that_is_not_sent_again_for_want_of_budget_says_so(budget: float, sent: set[int]) -> None:
+@pytest.mark.parametrize(("budget", "sent"), [(0.2, range(11, 20)), (0.0, [1]), (math.inf, [99])])
+def test_a_call_that_is_not_sent_again_for_want_of_budget_says_so(budget: float, sent: Collection[int]) -> None:
     seen: list[Message] = []
     with peer(answering(b"", "503 X", seen=seen)) as server:
         note = "" if 99 in sent else "; not sent again: retries have used up their share of the calls"
@@ -1014,16 +1014,16 @@ def test_a_graph_saved_before_there_was_a_budget_has_the_usual_one() -> None:
     seen: list[Message] = []
     with peer(answering(b"", "503 X", seen=seen)) as server:
         with tf.Graph().as_default() as graph:
-            y = ask(server.url, retry=Retry(attempts=99, base_s=0.0, budget=5.0))
+            y = ask(server.url, retry=Retry(attempts=99, base_s=0.0, budget=math.inf))
         saved = graph.as_graph_def()
         (made,) = [node for node in saved.node if node.op == "RemoteOpsClient"]
-        assert made.attr["retry_budget"].f == 5.0
+        assert made.attr["retry_budget"].f == math.inf
         del made.attr["retry_budget"]
         with tf.Graph().as_default() as graph, tf.compat.v1.Session() as session:
             tf.import_graph_def(saved, name="")
             with pytest.raises(tf.errors.UnavailableError, match="not sent again"):
                 session.run(y.name)
-    assert len(seen) in (11, 12)
+    assert len(seen) in range(11, 20)  # one more for each second that it took
 
 
 # Inputs, outputs and attributes of the ops, as they were in the first SavedModels of users.
