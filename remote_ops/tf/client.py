@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 
 from remote_ops.client import Endpoint
 from remote_ops.deadline import Deadline
+from remote_ops.environment import names_variables
 from remote_ops.errors import RemoteOpsError, SpecError
 from remote_ops.policy import Retry
 from remote_ops.signature import Signature
@@ -29,7 +30,6 @@ __all__ = ["Client", "Kept", "check_length"]
 
 _Value = TypeVar("_Value")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_VARIABLE = re.compile(r"\$\{[A-Za-z_][A-Za-z0-9_]*\}")
 
 
 class Kept(Generic[_Value]):
@@ -141,13 +141,13 @@ class Client:
 
     def _check_secrets(self) -> None:
         for name, value in self.headers:
-            if not isinstance(value, str) or not _VARIABLE.search(value):
+            if not isinstance(value, str) or not names_variables(value):
                 raise SpecError(
                     f"header '{name}' has a literal value, which everybody could read in a saved model: write it as "
                     "'${NAME}', to be read from the environment at each call",
                     path="headers",
                 )
-        if self.tls is not None and self.tls.password and not _VARIABLE.search(self.tls.password):
+        if self.tls is not None and self.tls.password and not names_variables(self.tls.password):
             raise SpecError("the password of a key would stand in a saved model: write it as '${NAME}'", path="tls")
 
     @classmethod
