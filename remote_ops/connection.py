@@ -361,17 +361,18 @@ def write_at_once(transport: asyncio.WriteTransport, parts: Sequence[Buffer]) ->
     return True
 
 
-async def write_buffers(transport: asyncio.WriteTransport, parts: Sequence[Buffer], drained: Any) -> None:
-    """Write buffers in order: at once, or a slice at a time with `drained()` awaited after each."""
+async def write_buffers(transport: asyncio.WriteTransport, parts: Sequence[Buffer], drained: Any) -> bool:
+    """Write buffers in order: at once, or a slice at a time with `drained()` awaited after each; whether all are."""
     if write_at_once(transport, parts):
-        return
+        return True
     for part in parts:
         view = memoryview(part)
         for start in range(0, len(view), _SLICE_BYTES):
             if transport.is_closing():  # whoever waits for it is told by `connection_lost`
-                return
+                return False
             transport.write(view[start : start + _SLICE_BYTES])
             await drained()
+    return True
 
 
 class AsyncConnection(asyncio.BufferedProtocol):
@@ -472,10 +473,10 @@ class AsyncConnection(asyncio.BufferedProtocol):
         assert self._transport is not None
         self._answer = asyncio.get_running_loop().create_future()
         try:
-            await write_buffers(self._transport, [head, *body], self._drained)
+            self._cut_short = not await write_buffers(self._transport, [head, *body], self._drained)
         except Answered:
             self._cut_short = True
-        if self.phase is WRITING:
+        if self.phase is WRITING and not self._cut_short:
             self.phase = WAITING
         self._sent = time.monotonic()
         try:
