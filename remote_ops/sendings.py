@@ -187,6 +187,8 @@ class Attempts:
             )
         else:
             text = str(error)
+            if self.number > 1 or (error.retryable and self._retry.attempts > 1):
+                text += f" (attempt {self.number} of {self._retry.attempts})"
         others: list[str] = []
         if error.retryable or isinstance(error, DeadlineExceeded):
             unwell = {replica: replica.last_error for replica in self.replicas.unwell()}

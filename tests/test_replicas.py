@@ -296,11 +296,11 @@ def test_a_thousand_calls_that_all_fail_send_at_most_a_fifth_more(way: Any) -> N
 
 def test_a_call_that_is_not_sent_again_for_want_of_budget_says_so() -> None:
     with replicas(status("503 X"), retry=Retry(attempts=99, base_s=0.0)) as (endpoint, _):
-        with pytest.raises(ModelUnavailable, match=r"503; not sent again: retries have used up"):
+        with pytest.raises(ModelUnavailable, match=r"503 \(attempt 11 of 99\); not sent again: retries have used up"):
             infer(endpoint)
         assert endpoint.stats()[0].sent == 11
     with replicas(status("503 X"), retry=Retry(attempts=2, base_s=0.0)) as (endpoint, _):
-        with pytest.raises(ModelUnavailable, match=r"503$"):
+        with pytest.raises(ModelUnavailable, match=r"503 \(attempt 2 of 2\)$"):
             infer(endpoint)
 
 

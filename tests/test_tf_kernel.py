@@ -911,7 +911,7 @@ def test_retry_after_is_heeded_and_not_waited_for_beyond_the_deadline(graph: boo
     seen: list[Message] = []
     since = time.monotonic()
     with peer(answering(b"", "503 Unavailable", f"Retry-After: {later}", seen=seen)) as server:
-        assert failure(server.url, graph=graph) == (UNAVAILABLE, f"{server.url} answered 503")
+        assert failure(server.url, graph=graph) == (UNAVAILABLE, f"{server.url} answered 503 (attempt 1 of 3)")
     assert len(seen) == 1
     assert time.monotonic() - since < 5
 
@@ -941,7 +941,7 @@ def test_a_retry_after_that_is_none_changes_nothing(text: str) -> None:
             conversation.send(head.encode("latin-1"))
 
     with peer(script) as server:
-        assert failure(server.url, timeout_s=1.9) == (UNAVAILABLE, f"{server.url} answered 503")
+        assert failure(server.url, timeout_s=1.9) == (UNAVAILABLE, f"{server.url} answered 503 (attempt 3 of 3)")
     assert len(seen) == 3
 
 
@@ -949,7 +949,7 @@ def test_a_retry_after_that_is_none_changes_nothing(text: str) -> None:
 def test_a_retry_after_of_any_length_is_read(text: str) -> None:
     seen: list[Message] = []
     with peer(answering(b"", "429 X", f"Retry-After: {text}", seen=seen)) as server:
-        assert failure(server.url) == (EXHAUSTED, f"{server.url} answered 429")
+        assert failure(server.url) == (EXHAUSTED, f"{server.url} answered 429 (attempt 1 of 3)")
     assert len(seen) == 1
 
 
@@ -993,7 +993,7 @@ def test_a_call_that_is_not_sent_again_for_want_of_budget_says_so(budget: float,
     with peer(answering(b"", "503 X", seen=seen)) as server:
         note = "" if 99 in sent else "; not sent again: retries have used up their share of the calls"
         found = failure(server.url, retry=Retry(attempts=99, base_s=0.0, budget=budget))
-        assert found == (UNAVAILABLE, f"{server.url} answered 503{note}")
+        assert found == (UNAVAILABLE, f"{server.url} answered 503 (attempt {len(seen)} of 99){note}")
     assert len(seen) in sent
 
 
@@ -1243,7 +1243,7 @@ def test_with_status_a_failed_call_gives_outputs_that_stand_for_it() -> None:
         for function in (call, tf.function(call)):
             outputs, status = function(tf.constant(X))
             assert status.code.numpy() == tf.errors.RESOURCE_EXHAUSTED
-            assert status.message.numpy().decode() == f"queue full - from {server.url}"
+            assert status.message.numpy().decode() == f"queue full - from {server.url} (attempt 3 of 3)"
             shapes = [tuple(output.shape) for output in outputs]
             assert shapes == [(3, 2, 0), (3, 2, 0), (3,), (), (), (), (), (), ()]
             assert np.isnan(outputs[2].numpy()).all()

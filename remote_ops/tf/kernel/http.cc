@@ -725,10 +725,18 @@ class Loop {
     Release(call.get());
     call->over = true;
     call->failure = std::move(failure);
+    if (call->failure.code != kOk && call->failure.code != kDeadlineExceeded) call->failure.message += Attempt(*call);
     if (call->failure.code != kOk && call->tried.size() > 1) call->failure.message += Tried(*call);
     call->failure.message = Readable(call->failure.message + note);
     --load;
     call->done();
+  }
+
+  // Which attempt this was, where there could have been more.
+  static std::string Attempt(const Call& call) {
+    const int most = call.policy().attempts;
+    if (call.attempt == 0 || (call.attempt == 1 && !(call.failure.retryable && most > 1))) return "";
+    return " (attempt " + std::to_string(call.attempt) + " of " + std::to_string(most) + ")";
   }
 
   static std::string Tried(const Call& call) {
