@@ -7,7 +7,7 @@ decision is a function of numbers and of the time `now`, in seconds on any clock
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,12 +19,14 @@ from remote_ops.errors import (
     DecodeError,
     FramingError,
     ModelUnavailable,
+    Overloaded,
     RemoteOpsError,
     SpecError,
 )
 
 __all__ = [
     "EJECTED",
+    "PASSING",
     "PROBING",
     "UP",
     "Breaker",
@@ -45,6 +47,22 @@ __all__ = [
 # --------------------------------------------------------------------------- retry
 
 
+PASSING: Mapping[str, type[RemoteOpsError]] = {
+    "connect": ConnectError,
+    "lost": ConnectionLost,
+    "overloaded": Overloaded,
+    "unavailable": ModelUnavailable,
+}
+
+
+def _failures(when: Iterable[str]) -> tuple[str, ...]:
+    """The names of failures as a tuple, which JSON has as a list; each of them known."""
+    names = (when,) if isinstance(when, str) else tuple(when)
+    if unknown := [name for name in names if name not in PASSING]:
+        raise SpecError(f"no failure {unknown[0]!r}: expected some of {', '.join(PASSING)}", path="retry.when")
+    return names
+
+
 @dataclass(frozen=True, slots=True)
 class Retry:
     """How often a call that failed for a passing reason is sent again, within its deadline.
@@ -58,9 +76,12 @@ class Retry:
             an op of TensorFlow not even then.
         budget: sendings beyond the first that all calls of an endpoint may take together, as a share of the calls; 0
             or more. The first ten, and one a second, are lent. Where no connection was made, another replica is free.
+        when: which failures are tried again, of `connect` (no connection was made), `lost` (it ended before the answer
+            did), `overloaded` and `unavailable` (the server said so); None for all of them. An op of TensorFlow heeds
+            it only where an `Endpoint` carries its calls.
 
     Raises:
-        SpecError: a number out of its range.
+        SpecError: a number out of its range, or no such failure.
 
     Source: exponential backoff with full jitter; the budget of Finagle.
     """
@@ -70,8 +91,11 @@ class Retry:
     max_s: float = 2.0
     idempotent: bool = True
     budget: float = 0.2
+    when: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.when is not None:
+            object.__setattr__(self, "when", _failures(self.when))
         if self.attempts < 1 or self.base_s < 0 or self.max_s < 0:
             raise SpecError(f"expected attempts >= 1, base_s >= 0 and max_s >= 0, got {self}", path="retry")
         if not self.budget >= 0:
@@ -80,7 +104,10 @@ class Retry:
     def repeats(self, error: RemoteOpsError, attempt: int) -> bool:
         """Whether a call whose sending number `attempt` (from 1) ended with `error` may be sent again."""
         safe = self.idempotent or isinstance(error, ConnectError)
-        return error.retryable and safe and attempt < self.attempts
+        passing = (
+            error.retryable if self.when is None else isinstance(error, tuple(PASSING[name] for name in self.when))
+        )
+        return passing and safe and attempt < self.attempts
 
     @staticmethod
     def is_free(error: RemoteOpsError, *, elsewhere: bool) -> bool:

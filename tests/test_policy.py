@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from typing import Any
 
 import pytest
 
+from remote_ops.client import Endpoint
 from remote_ops.errors import (
     BadStatus,
     ConnectError,
@@ -70,6 +72,19 @@ ONCE_ONLY = Retry(idempotent=False)
         (ONCE_ONLY, LOST, 1, False),
         (ONCE_ONLY, BUSY, 1, False),
         (ONCE_ONLY, Overloaded("full"), 1, False),
+        (Retry(when=("connect",)), REFUSED, 1, True),
+        (Retry(when=("connect",)), REFUSED, 3, False),
+        (Retry(when=("connect",)), LOST, 1, False),
+        (Retry(when=("connect",)), BUSY, 1, False),
+        (Retry(when=("lost",)), LOST, 1, True),
+        (Retry(when=("lost",)), REFUSED, 1, False),
+        (Retry(when=("overloaded",)), Overloaded("full"), 1, True),
+        (Retry(when=("overloaded",)), BUSY, 1, False),
+        (Retry(when=("connect", "unavailable")), BUSY, 1, True),
+        (Retry(when=("connect", "unavailable")), Overloaded("full"), 1, False),
+        (Retry(when=("connect", "unavailable")), InvalidRequest("no"), 1, False),
+        (Retry(when=("lost", "unavailable"), idempotent=False), LOST, 1, False),
+        (Retry(when=()), REFUSED, 1, False),
     ],
 )
 def test_only_what_may_pass_and_cannot_have_happened_twice_is_tried_again(
@@ -103,6 +118,22 @@ def test_the_wait_doubles_to_its_cap_with_full_jitter_heeds_the_server_and_the_d
 ) -> None:
     retry = Retry(attempts=9999)
     assert retry.wait_s(BUSY, attempt, left_s, lambda: jitter, **options) == (wait_s and pytest.approx(wait_s))
+
+
+def test_the_failures_that_are_tried_again_survive_a_description_in_json() -> None:
+    endpoint = Endpoint("http://localhost:1/m", retry=Retry(when=("connect", "lost")))
+    described = json.loads(json.dumps(endpoint.describe()))
+    assert Endpoint.from_description(described).describe() == endpoint.describe()
+    assert Retry(**described["retry"]) == Retry(when=("connect", "lost"))
+    del described["retry"]["when"]  # as an earlier version wrote it
+    assert Retry(**described["retry"]) == Retry()
+
+
+def test_a_failure_that_nobody_knows_is_a_spec_error_that_lists_them() -> None:
+    with pytest.raises(
+        SpecError, match="no failure 'timeout': expected some of connect, lost, overloaded, unavailable"
+    ):
+        Retry(when=("connect", "timeout"))
 
 
 def test_only_a_sending_that_reached_nobody_is_made_up_for_elsewhere_for_free() -> None:
