@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from remote_ops.connection import new_loop
+from remote_ops.errors import SpecError
 
 __all__ = ["Background", "background_loop", "on_background_loop", "result_of"]
 
@@ -101,8 +102,17 @@ class _Run:
 
 
 def result_of(future: concurrent.futures.Future[_T]) -> _T:
-    """Wait for a call in the background, and give it up if the wait is interrupted."""
+    """Wait for a call in the background, and give it up if the wait is interrupted.
+
+    Raises:
+        SpecError: this is the background loop, which can do nothing while it is waited on.
+    """
     try:
+        if on_background_loop():
+            raise SpecError(
+                "this waits on the loop that has to do the work, and would for ever: call it from a thread "
+                "('run_in: thread' of a python node), or await it"
+            )
         return future.result()
     finally:
         future.cancel()  # Ctrl-C ends the wait

@@ -219,11 +219,14 @@ ANSWERS = (
 )
 _BY_CLASS = {answer.error: answer for answer in ANSWERS}
 _BY_CODE = {answer.code: answer for answer in ANSWERS}
+_OF_A_NODE = (DeadlineExceeded, Overloaded, ModelUnavailable, NotDifferentiable)  # so of the graph as well
 _REFUSED = (SignatureError, CodecError, SpecError, FramingError)
 
 
 def answer_of(error: BaseException) -> ErrorRow:
     """Say how a server answers `error`; whatever is not listed is an internal error."""
+    if isinstance(error, NodeError) and isinstance(error.__cause__, _OF_A_NODE):
+        error = error.__cause__
     if isinstance(error, _REFUSED):
         return _BY_CLASS[InvalidRequest]
     for cls in type(error).__mro__:

@@ -19,7 +19,7 @@ from remote_ops.errors import DeadlineExceeded, RemoteOpsError, brief
 from remote_ops.headers import Headers
 from remote_ops.policy import Retry
 from remote_ops.replicas import Replica, Replicas
-from remote_ops.telemetry import SendingSpan, log, tracing
+from remote_ops.telemetry import SendingSpan, log, note, tracing
 from remote_ops.transport import Call, Reply
 from remote_ops.wire import Ask
 
@@ -86,6 +86,7 @@ class Sending:
     def _told(self, how: str, error: RemoteOpsError | None = None) -> None:
         if self._span is not None:
             self._span.end(how, self._reply, error)
+        note(self.call, self._number, brief(error) if error else how, self._since, self._reply)
         if log.isEnabledFor(logging.DEBUG):
             log.debug(
                 "%s %s, attempt %d%s: %s after %.3f s; %d bytes sent, %s",

@@ -12,8 +12,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import time
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from remote_ops.errors import brief
 from remote_ops.transport import Call, Reply
@@ -22,7 +24,7 @@ from remote_ops.url import Url
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
 
-__all__ = ["SendingSpan", "call_span", "log", "tracing"]
+__all__ = ["Record", "SendingSpan", "call_span", "log", "note", "recorded", "tracing"]
 
 log = logging.getLogger("remote_ops")
 
@@ -53,6 +55,47 @@ def _opentelemetry() -> _Loaded:
     if _loaded is None or _loaded.trace is not trace:
         _loaded = _Loaded(trace)
     return _loaded
+
+
+class Record(NamedTuple):
+    """One request, as a program that asked for it with `recorded()` is told of it; times in seconds."""
+
+    url: str
+    attempt: int
+    outcome: str
+    began: float
+    took_s: float
+    sent_bytes: int
+    received_bytes: int
+    connecting_s: float | None = None
+    sending_s: float | None = None
+    waiting_s: float | None = None
+    receiving_s: float | None = None
+
+
+_RECORDS: ContextVar[list[Record] | None] = ContextVar("remote_ops_records", default=None)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Record]]:
+    """Collect the requests of the calls made inside the block, in the order in which they end."""
+    records: list[Record] = []
+    token = _RECORDS.set(records)
+    try:
+        yield records
+    finally:
+        _RECORDS.reset(token)
+
+
+def note(call: Call, attempt: int, outcome: str, began: float, reply: Reply | None) -> None:
+    """Add a request that has ended to what is collected here, if anything is."""
+    records = _RECORDS.get()
+    if records is None:
+        return
+    phases = () if reply is None or reply.phases is None else reply.phases
+    received = 0 if reply is None else len(reply.body)
+    took_s = time.monotonic() - began
+    records.append(Record(call.url.text, attempt, outcome, began, took_s, sum(map(len, call.body)), received, *phases))
 
 
 def _path(url: Url) -> str:

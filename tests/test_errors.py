@@ -177,3 +177,13 @@ def test_a_subclass_is_answered_as_its_nearest_listed_parent() -> None:
 def test_only_what_may_succeed_on_another_try_is_retryable() -> None:
     retryable = {type(error) for error in EXAMPLES if error.retryable}
     assert retryable == {ConnectError, ConnectionLost, ModelUnavailable, Overloaded}
+
+
+@pytest.mark.parametrize("cls", [errors.DeadlineExceeded, errors.Overloaded, errors.ModelUnavailable])
+def test_a_node_that_is_late_or_busy_makes_its_graph_so(cls: type[errors.RemoteOpsError]) -> None:
+    failed = errors.NodeError("node 'a' failed", node="a")
+    assert errors.answer_of(failed).error is errors.InternalError
+    failed.__cause__ = cls("busy")
+    assert errors.answer_of(failed).error is cls
+    failed.__cause__ = errors.InvalidRequest("a fault of the graph, not of the caller")
+    assert errors.answer_of(failed).error is errors.InternalError
