@@ -225,9 +225,9 @@ def load(
 
     Args:
         what: `model.onnx`; `model.pt2`, `.pt`, `.pth` or `.jit` of torch; the folder of a SavedModel, `model.pb`,
-            `.keras` or `.h5` of TensorFlow; `https://host/model.onnx`, which is downloaded once and kept; any other
-            http, https or http+unix URL, an endpoint; or `package.module:thing`, a servable, a torch module, or a
-            function without arguments that returns one. Importing a module runs its code.
+            `.keras` or `.h5` of TensorFlow; `graph.yaml`, an ensemble; `https://host/model.onnx`, which is downloaded
+            once and kept; any other http, https or http+unix URL, an endpoint; or `package.module:thing`, a servable,
+            a torch module, or a function without arguments that returns one. Importing a module runs its code.
         sha256: 64 hex digits that a model file must have, or the file of weights; a URL may carry them as
             `#sha256=...`.
         name: how a model file or a torch module names itself, instead of its file name or class.
@@ -254,6 +254,9 @@ def load(
     if isinstance(what, str) and (found := _OBJECT.fullmatch(text)) and not Path(text).exists():
         return _open_object(found["module"], found["thing"], text, only_files, options)
     path = Path(what)
+    if path.suffix.lower() in (".yaml", ".yml"):
+        _refuse(text, "a graph", only_files)
+        return _open_graph(path, options)
     _require_file(path)
     if path.is_dir():
         _refuse(text, "a folder", {"sha256": sha256})
@@ -287,7 +290,9 @@ _KINDS: dict[str, Callable[[], type[Servable]]] = {
     **dict.fromkeys((".pt2", ".pt", ".pth", ".jit"), _torch_model),
     **dict.fromkeys((".pb", ".keras", ".h5"), _tf_model),
 }
-_SUPPORTED = f"a file ending in {', '.join(_KINDS)}, a folder with a {_SAVED_MODEL}, 'package.module:thing', or a URL"
+_SUPPORTED = (
+    f"a file ending in {', '.join(_KINDS)} or .yaml, a folder with a {_SAVED_MODEL}, 'package.module:thing', or a URL"
+)
 _OBJECT = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<thing>[^\W\d]\w*(\.[^\W\d]\w*)*)")
 
 
@@ -311,6 +316,12 @@ def _open_object(
         _refuse(what, "a Python object", given)
         return found
     return construct(_torch_model(), found, given)
+
+
+def _open_graph(path: Path, options: Mapping[str, Any]) -> Servable:
+    from ensemble.ensemble import load as open_graph
+
+    return construct(open_graph, path, options)  # type: ignore[arg-type]
 
 
 def _open_endpoint(url: str, options: Mapping[str, Any]) -> Servable:

@@ -282,11 +282,18 @@ def test_load_of_a_path_that_is_not_there_suggests_its_neighbour(tmp_path: Path)
         load(tmp_path / "nowhere" / "x")
 
 
-@pytest.mark.parametrize("name", ["net.tflite", "graph.yaml", "net.bin", "plain"])
+@pytest.mark.parametrize("name", ["net.tflite", "graph.json", "net.bin", "plain"])
 def test_load_claims_no_kind_that_it_cannot_open(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
     with pytest.raises(SpecError, match=r"expected a file ending in \.onnx, .*, 'package\.module:thing', or a URL"):
         load(tmp_path / name)
+
+
+def test_load_of_a_graph_that_is_none_tells_its_faults(tmp_path: Path) -> None:
+    pytest.importorskip("pydantic")
+    (tmp_path / "graph.yaml").touch()
+    with pytest.raises(SpecError, match=r"E101 .*graph.yaml:1:1 the document is empty: expected a mapping"):
+        load(tmp_path / "graph.yaml")
 
 
 def test_load_of_a_folder_says_so(tmp_path: Path) -> None:
