@@ -23,13 +23,14 @@ help: ## show this list
 $(VENV)/.run: pyproject.toml constraints.txt requirements-models.txt
 	@echo "== creating $(VENV) with $(PYTHON): the packages and what the examples need (minutes the first time)"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@$(PIP) -c constraints.txt -e '.[torch,tf-cpu,onnx,server]' magika
-	@$(PIP) --no-deps -r requirements-models.txt
+	@$(PIP) -c constraints.txt -e '.[torch,tf-cpu,onnx,ensemble,server]' \
+		magika opencv-python-headless pillow pyclipper shapely
+	@$(PIP) --no-deps --ignore-requires-python -r requirements-models.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run requirements-dev.txt requirements-peers.txt
 	@echo "== adding to $(VENV) what the tests and checks need"
-	@$(PIP) -c constraints.txt -r requirements-dev.txt -e '.[torch,tf-cpu,onnx,server]'
+	@$(PIP) -c constraints.txt -r requirements-dev.txt -e '.[torch,tf-cpu,onnx,ensemble,ready,server]'
 	@$(PIP) --no-deps -r requirements-peers.txt
 	@touch $@
 
@@ -49,12 +50,14 @@ $(FUZZ)/.done: requirements-fuzz.txt pyproject.toml constraints.txt
 
 venv: $(VENV)/.dev ## create or refresh .venv
 
-demo: $(VENV)/.run ## call a trained model; then train through one, from torch and from TensorFlow
+demo: $(VENV)/.run ## call a trained model; train through one, from torch and from TensorFlow; read pictures with three
 	@$(PY) examples/01_quickstart.py
 	@echo
 	@$(PY) examples/02_train_through_remote.py
 	@echo
 	@$(QUIET) $(PY) examples/04_tf_graph.py
+	@echo
+	@$(PY) examples/05_ocr
 
 test: check fast slow peers ## everything CI runs: checks, then the three groups of tests
 

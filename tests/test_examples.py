@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "examples" / "02_train_through_remote.py"
 PARALLEL = ROOT / "examples" / "03_parallel_branches.py"
 TF_GRAPH = ROOT / "examples" / "04_tf_graph.py"
-SAME_NOTES = ROOT / "examples" / "05_same_notes.py"
+SAME_NOTES = ROOT / "examples" / "06_same_notes.py"
 
 pytestmark = pytest.mark.slow
 
