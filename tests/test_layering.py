@@ -14,26 +14,50 @@ ROOT = Path(__file__).parents[1]
 # Lowest first: a package imports itself and the packages before it.
 PACKAGES = ("remote_ops", "ensemble", "server_ref")
 
-# Rooms of remote_ops, lowest first: a room imports from the lines before it, never from its own line.
-ROOMS = (
-    ("errors",),
-    ("signature", "deadline", "buffers", "environment"),
-    ("graphpipe", "oip", "http1", "shm", "policy", "download", "headers", "url"),
-    ("addresses",),
-    ("connection", "replicas"),
-    ("transport", "background"),
-    ("replies",),
-    ("wire",),
-    ("telemetry",),
-    ("sendings",),
-    ("client",),
-    ("servable",),
-    ("torch", "tf", "onnx"),
-    ("cli",),
-    ("__init__",),
-    ("__main__",),
-)
-RANK = {f"remote_ops.{room}": rank for rank, line in enumerate(ROOMS) for room in line}
+# Rooms of a package, lowest first: a room imports from the lines before it, never from its own line.
+ROOMS = {
+    "remote_ops": (
+        ("errors",),
+        ("signature", "deadline", "buffers", "environment"),
+        ("graphpipe", "oip", "http1", "shm", "policy", "download", "headers", "url"),
+        ("addresses",),
+        ("connection", "replicas"),
+        ("transport", "background"),
+        ("replies",),
+        ("wire",),
+        ("telemetry",),
+        ("sendings",),
+        ("client",),
+        ("servable",),
+        ("torch", "tf", "onnx"),
+        ("cli",),
+        ("__init__",),
+        ("__main__",),
+    ),
+    "ensemble": (
+        ("faults", "forms", "steps", "breaker", "door", "ready"),
+        ("document", "agreement", "rows", "predicate", "trace", "nodes.node", "nodes.function"),
+        ("plan", "assembly", "batches", "levels", "metadata", "nodes.controller"),
+        ("operations", "values"),
+        ("combinations", "route", "scope", "gradients", "answers"),
+        tuple(f"nodes.{kind}" for kind in ("model", "combine", "switch", "split", "map", "cascade", "fallback")),
+        ("spec",),
+        ("layout",),
+        ("graph",),
+        ("run", "serial"),
+        ("engine",),
+        ("ensemble",),
+        ("check", "feeds", "outlets", "runs", "latency", "layers"),
+        ("diagram",),
+        ("mermaid", "svg"),
+        ("plot",),
+        ("__init__",),
+        ("__main__",),
+    ),
+}
+RANK = {
+    f"{package}.{room}": rank for package, lines in ROOMS.items() for rank, line in enumerate(lines) for room in line
+}
 
 # What is opened only when asked, inside a function: by `load`, what stands above it and what is slow to import.
 LAZY = {
@@ -42,25 +66,34 @@ LAZY = {
         "ensemble",
     },
     "remote_ops.tf": {"remote_ops.torch"},  # RemoteLayer, on Keras' PyTorch backend
+    "ensemble.nodes.model": {"ensemble.ensemble"},  # a graph in a graph
 }
 
-# The one file or folder that imports each of these.
+# The files or folders that import each of these.
 OWNERS = {
-    "torch": "remote_ops/torch/",
-    "safetensors": "remote_ops/torch/",
-    "tensorflow": "remote_ops/tf/",
-    "onnxruntime": "remote_ops/onnx.py",
-    "networkx": "ensemble/graph.py",
-    "opentelemetry": "remote_ops/telemetry.py",
+    "torch": ("remote_ops/torch/",),
+    "safetensors": ("remote_ops/torch/",),
+    "tensorflow": ("remote_ops/tf/",),
+    "onnxruntime": ("remote_ops/onnx.py",),
+    "opentelemetry": ("remote_ops/telemetry.py",),
+    "networkx": ("ensemble/graph.py",),
+    "yaml": ("ensemble/document.py",),
+    **dict.fromkeys(("pydantic", "pydantic_core"), ("ensemble/nodes/", "ensemble/operations.py", "ensemble/spec.py")),
+    "PIL": ("ensemble/ready/image.py", "ensemble/feeds.py"),
+    "tokenizers": ("ensemble/ready/tokens.py",),
 }
 
-# Rooms without I/O, and policy without a clock.
+# Rooms without I/O; and without a clock: policy, and all that decides what a graph is and does.
 IO = {"socket", "asyncio", "ssl", "selectors"}
+CLOCKS = {"time", "threading"}
+DECIDING = ROOMS["ensemble"][:9]
+ACTING = {"breaker", "door", "batches", "metadata", "gradients"}  # of those, the ones that wait or look at a clock
 PURE = {
     "remote_ops.graphpipe": IO,
     "remote_ops.oip": IO,
     "remote_ops.http1": IO,
     "remote_ops.policy": IO | {"time", "random"},
+    **{f"ensemble.{room}": IO | CLOCKS for line in DECIDING for room in line if room not in ACTING},
 }
 
 
@@ -88,27 +121,27 @@ def imports_of(tree: ast.AST, package: str, *, lazy: bool = False) -> Iterator[I
 
 def room_of(name: str) -> str:
     """The room that a dotted name belongs to: `remote_ops.client` of `remote_ops.client.Endpoint`."""
-    package, _, rest = name.partition(".")
-    if package != "remote_ops":
+    package, *parts = name.split(".")
+    if package not in ROOMS:
         return package
-    room = f"remote_ops.{rest.partition('.')[0]}"
-    return room if room in RANK else "remote_ops.__init__"
+    rooms = [".".join([package, *parts[:length]]) for length in (2, 1)]
+    return next((room for room in rooms if room in RANK), f"{package}.__init__")
 
 
 def fault_of(imported: Import, module: str, file: str) -> str | None:
     """What is wrong with one import of `module`, which stands in `file`; None if it points the right way."""
     package, target = module.partition(".")[0], imported.name.partition(".")[0]
     if target in OWNERS and not file.startswith(OWNERS[target]):
-        return f"{target} is imported only in {OWNERS[target]}"
+        return f"{target} is imported only in {' and '.join(OWNERS[target])}"
     here = room_of(module)
     if target in PURE.get(here, ()):
         return f"{here} is pure and may not import {target}"
     there = room_of(imported.name)
-    if target not in PACKAGES or there == here or (imported.lazy and there in LAZY.get(here, ())):
+    if target not in PACKAGES or there == here or (imported.lazy and {there, target} & LAZY.get(here, set())):
         return None
     if PACKAGES.index(target) > PACKAGES.index(package):
         return f"{package} may not import {target}"
-    if package == target == "remote_ops" and RANK[there] >= RANK[here]:
+    if package == target and package in ROOMS and RANK[there] >= RANK[here]:
         return f"{here} may not import {there}"
     return None
 
@@ -116,12 +149,18 @@ def fault_of(imported: Import, module: str, file: str) -> str | None:
 def faults_in(file: str, source: str) -> Iterator[str]:
     """What is wrong with one module: each import that points the wrong way, or a room that nobody knows."""
     parts = file.removesuffix(".py").split("/")
-    if parts[0] == "remote_ops" and f"remote_ops.{parts[1]}" not in RANK:
-        yield f"{file}:1: the layout has no room called '{parts[1]}': give it a line in ROOMS"
+    if not _has_room(parts):
+        yield f"{file}:1: the layout has no room called '{'.'.join(parts[1:])}': give it a line in ROOMS"
         return
     for imported in imports_of(ast.parse(source, file), ".".join(parts[:-1])):
         if fault := fault_of(imported, ".".join(parts), file):
             yield f"{file}:{imported.line}: {fault}"
+
+
+def _has_room(parts: list[str]) -> bool:
+    if parts[0] not in ROOMS or parts[-1] == "__init__":
+        return True
+    return room_of(".".join(parts)) != f"{parts[0]}.__init__"
 
 
 def faults(root: Path) -> list[str]:
@@ -172,6 +211,16 @@ def test_every_package_is_read(package: str) -> None:
         ("remote_ops/graphpipe.py", "import socket", "is pure and may not import socket"),
         ("remote_ops/oip.py", "import asyncio.streams", "is pure and may not import asyncio"),
         ("remote_ops/http1.py", "async def f():\n    import asyncio", "is pure and may not import asyncio"),
+        ("ensemble/steps.py", "from ensemble.nodes.node import NodeSpec", "may not import ensemble.nodes.node"),
+        ("ensemble/nodes/node.py", "from .model import RemoteSpec", "may not import ensemble.nodes.model"),
+        ("ensemble/nodes/split.py", "from ensemble.nodes import map", "may not import ensemble.nodes.map"),
+        ("ensemble/graph.py", "def f():\n    from .engine import Engine", "may not import ensemble.engine"),
+        ("ensemble/engine.py", "import ensemble", "may not import ensemble.__init__"),
+        ("ensemble/nodes/map.py", "import asyncio", "is pure and may not import asyncio"),
+        ("ensemble/steps.py", "from time import monotonic", "is pure and may not import time"),
+        ("ensemble/spec.py", "import yaml", "imported only in ensemble/document.py"),
+        ("ensemble/engine.py", "import pydantic", "imported only in ensemble/nodes/ and"),
+        ("ensemble/nodes/loop.py", "", "no room called 'nodes.loop'"),
         ("remote_ops/utils.py", "", "no room called 'utils'"),
     ],
 )
@@ -195,6 +244,9 @@ def test_an_import_that_points_the_wrong_way_is_caught(tmp_path: Path, file: str
         ("remote_ops/torch/graph.py", "from . import model\nfrom .model import TorchModel"),
         ("remote_ops/deadline.py", "import time"),
         ("ensemble/graph.py", "import networkx\nfrom remote_ops.signature import Signature"),
+        ("ensemble/nodes/model.py", "from .node import Model\ndef f():\n    from ensemble.ensemble import load"),
+        ("ensemble/ready/image.py", "from . import labels\nfrom PIL import Image"),
+        ("ensemble/engine.py", "import time\nfrom ensemble.steps import Step"),
         ("server_ref/front.py", "import asyncio\nimport ensemble\nfrom remote_ops import http1, Servable"),
     ],
 )

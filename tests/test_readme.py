@@ -1,8 +1,10 @@
-"""The Python in README.md and docs/ runs, each document top to bottom as one program."""
+"""The Python in README.md and docs/ runs, each document top to bottom as one program; so do its marked sessions."""
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
 import subprocess
 import sys
 import textwrap
@@ -27,6 +29,16 @@ class Block(NamedTuple):
     def runs(self) -> bool:
         """Whether it is Python that is not marked `no-run`."""
         return self.info == ("python",)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file with a name."""
+        return len(self.info) == 2 and "." in self.info[1]
+
+    @property
+    def is_session(self) -> bool:
+        """Whether it is a session whose commands run here: one marked `console run`."""
+        return self.info == ("console", "run")
 
 
 def blocks_of(text: str) -> list[Block]:
@@ -55,11 +67,77 @@ def program_of(blocks: list[Block]) -> str:
     return program
 
 
+def save_files(blocks: list[Block], folder: Path, port: int) -> None:
+    """Write the blocks that are files, such as ```yaml vote.yaml, into a folder."""
+    for block in blocks:
+        if block.is_file:
+            (folder / block.info[1]).write_text(with_port(block.code, port), "utf-8")
+
+
+def with_port(text: str, port: int) -> str:
+    """The text with a port of this run in place of the one that readers use; as long, for columns are counted."""
+    return text.replace("127.0.0.1:9000", f"127.0.0.1:{port}")
+
+
+def free_port() -> int:
+    """A port of four digits that nobody listens at."""
+    for port in range(9100, 10_000):
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port of four digits")
+
+
 def run(document: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run the program of a document in a fresh interpreter, with `folder` as the working directory."""
+    """Run what a document runs, with `folder` as the working directory: its sessions, then its program."""
+    blocks, port = blocks_of(document.read_text("utf-8")), free_port()
     script = folder / f"{document.stem}_blocks.py"
-    script.write_text(program_of(blocks_of(document.read_text("utf-8"))), "utf-8")
-    return subprocess.run([sys.executable, script], cwd=folder, capture_output=True, text=True, timeout=100)
+    script.write_text(with_port(program_of(blocks), port), "utf-8")
+    save_files(blocks, folder, port)
+    with contextlib.ExitStack() as servers:
+        for block in blocks:
+            if block.is_session:
+                follow(block, folder, port, servers)
+        return subprocess.run([sys.executable, script], cwd=folder, capture_output=True, text=True, timeout=100)
+
+
+def follow(block: Block, folder: Path, port: int, servers: contextlib.ExitStack) -> None:
+    """Type what a session types, and compare what comes; a line that ends in & is a server, which is waited for."""
+    _, *turns = re.split(r"^\$ ", with_port(block.code, port), flags=re.MULTILINE)
+    for turn in turns:
+        command, _, expected = turn.partition("\n")
+        if command.endswith(" &"):
+            servers.callback(stop, started(command.removesuffix(" &"), folder))
+        else:
+            assert plain(typed(command, folder)) == plain(expected), f"line {block.line}: {command}"
+
+
+def typed(command: str, folder: Path) -> str:
+    """What a command prints; ours are those of this interpreter."""
+    names = "".join(f'{name}() {{ "{sys.executable}" -m {name} "$@"; }}; ' for name in ("ensemble",))
+    shell = f'python() {{ "{sys.executable}" "$@"; }}; {names}{command} 2>&1'
+    return subprocess.run(["bash", "-c", shell], cwd=folder, capture_output=True, text=True, timeout=100).stdout
+
+
+def started(command: str, folder: Path) -> subprocess.Popen[str]:
+    """A server that listens."""
+    words = [sys.executable, *command.split()[1:]]
+    server = subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    assert " at http" in (line := server.stderr.readline()), line + server.stderr.read()
+    return server
+
+
+def stop(server: subprocess.Popen[str]) -> None:
+    """End a server that was started."""
+    server.kill()
+    server.communicate()
+
+
+def plain(text: str) -> str:
+    """What was printed without what differs from run to run: times, last digits, and spaces that line them up."""
+    text = re.sub(r"\d+(\.\d+)? ms", "some ms", text)
+    return re.sub(r" +", " ", re.sub(r"(\d\.\d{4})\d+", r"\1", text)).strip()
 
 
 def name_of(document: Path) -> str:
@@ -75,7 +153,7 @@ def test_readme_has_python_that_runs() -> None:
 def test_every_python_block_compiles(document: Path) -> None:
     for block in blocks_of(document.read_text("utf-8")):
         if block.info[:1] == ("python",):
-            assert block.info in (("python",), ("python", "no-run")), f"{document}:{block.line}"
+            assert block.is_file or block.info in (("python",), ("python", "no-run")), f"{document}:{block.line}"
             compile("\n" * (block.line - 1) + block.code, str(document), "exec")
 
 
