@@ -22,7 +22,7 @@ from ensemble.batches import Batches
 from ensemble.gradients import Record
 from ensemble.plan import Plan, PlanNode
 from ensemble.route import Route, route_of
-from ensemble.run import Run
+from ensemble.run import Run, Slot
 from ensemble.steps import Array, ModelStep, Value
 from ensemble.trace import Trace
 from ensemble.values import bind
@@ -104,6 +104,8 @@ class Engine:
     def _give_up(self) -> None:
         for run in list(self._runs):
             run.give_up(_closed())
+        for mirror in list(self._mirrors):
+            mirror.cancel()
 
     # what runs share
 
@@ -115,9 +117,11 @@ class Engine:
         else:
             pool.submit(work, *arguments)
 
-    async def in_thread(self, work: Callable[[], Any]) -> Any:
+    async def in_thread(self, work: Callable[[], Any], slot: Slot | None = None) -> Any:
         """The same, awaited."""
         future = self._open_pool().submit(contextvars.copy_context().run, work)
+        if slot is not None:
+            slot.thread = future
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
@@ -153,14 +157,21 @@ class Engine:
             found = self._batches[node] = Batches(node.spec.batching, lambda *call: self.model(node, *call))
         return found
 
-    async def model(self, node: PlanNode, inputs: Mapping[str, Array], wanted: Sequence[str], bound: Deadline) -> Any:
+    async def model(
+        self,
+        node: PlanNode,
+        inputs: Mapping[str, Array],
+        wanted: Sequence[str],
+        bound: Deadline,
+        slot: Slot | None = None,
+    ) -> Any:
         """The outputs of a model, by our names, awaited wherever it runs."""
         step = node.step
         assert isinstance(step, ModelStep)
         if step.place != "loop" or not hasattr(step.servable, "ainfer"):
             if step.place == "inline":
                 return infer(step, inputs, wanted, bound)
-            return await self.in_thread(lambda: infer(step, inputs, wanted, bound))
+            return await self.in_thread(lambda: infer(step, inputs, wanted, bound), slot)
         return await ainfer(step, inputs, wanted, bound)
 
     def unminded(self, coroutine: Coroutine[Any, Any, Any], name: str) -> None:

@@ -9,6 +9,7 @@ ends. Decisions of single nodes are theirs (`steps`); what runs share is the eng
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import heapq
 import math
 import time
@@ -28,11 +29,12 @@ from remote_ops.deadline import Deadline
 from remote_ops.errors import DeadlineExceeded, InternalError, NodeError, RemoteOpsError
 from remote_ops.telemetry import recorded
 
-__all__ = ["Run", "Shared"]
+__all__ = ["Run", "Shared", "Slot"]
 
 _P = ParamSpec("_P")
 
 _CLEANUP_S = 0.05  # how long what is cancelled may take to notice
+_SETTLING_S = 0.01  # what decisions may take once all they wait for is over
 _LONGEST_S = 1e6  # what a timer of asyncio can still count
 
 
@@ -65,7 +67,14 @@ class Shared(Protocol):
     ) -> dict[str, Value]:
         """Run a plan: the body of a map."""
 
-    async def model(self, node: PlanNode, inputs: Mapping[str, Array], wanted: Sequence[str], bound: Deadline) -> Any:
+    async def model(
+        self,
+        node: PlanNode,
+        inputs: Mapping[str, Array],
+        wanted: Sequence[str],
+        bound: Deadline,
+        slot: Slot | None = None,
+    ) -> Any:
         """The outputs of a model, wherever it runs."""
 
     def submit(self, work: Callable[..., None], *arguments: Any) -> None:
@@ -82,6 +91,21 @@ class Shared(Protocol):
 
     def batches(self, node: PlanNode) -> Batches:
         """Where the runs that are at a node meet."""
+
+
+class Slot:
+    """One of the places at a node with `max_inflight`, held until the model is done, whoever still waits for it."""
+
+    def __init__(self, slots: asyncio.Semaphore) -> None:
+        self._slots = slots
+        self.thread: concurrent.futures.Future[Any] | None = None
+
+    def release(self) -> None:
+        """Give it back; where a thread is still at it, when that ends."""
+        if self.thread is None or self.thread.done():
+            return self._slots.release()
+        loop = asyncio.get_running_loop()
+        return self.thread.add_done_callback(lambda _: loop.call_soon_threadsafe(self._slots.release))
 
 
 class Run:
@@ -128,7 +152,7 @@ class Run:
             if not waits:
                 self._is_ready(index)
         if self._bound.at < math.inf:
-            self._timers.append(self._loop.call_later(min(self._bound.remaining(), _LONGEST_S), self._late))
+            self._timers.append(self._loop.call_later(min(self._bound.remaining(), _LONGEST_S), self._due))
         try:
             self._advance()
             await self._done
@@ -304,22 +328,30 @@ class Run:
         step = node.step
         if is_pure(step):
             return step.run(inputs, wanted)
-        if not isinstance(step, ModelStep):
-            return await self._control(node, inputs, wanted, f"{_traced(prefix, node)}/", record, bound)
         slots = self._shared.slots(node)
+        slot = None if slots is None else Slot(slots)
         if slots is not None:
             await _acquire(slots, node, bound)
+        try:
+            if not isinstance(step, ModelStep):
+                return await self._control(node, inputs, wanted, f"{_traced(prefix, node)}/", record, bound)
+            return await self._model(node, inputs, wanted, prefix, bound, slot)
+        finally:
+            if slot is not None:
+                slot.release()
+
+    async def _model(
+        self, node: PlanNode, inputs: Any, wanted: Sequence[str], prefix: str, bound: Deadline, slot: Slot | None
+    ) -> Mapping[str, Value]:
         try:
             with recorded() as sent:
                 if node.spec.batching is not None:
                     return await self._shared.batches(node).infer(inputs, wanted, bound)
-                found: Mapping[str, Value] = await self._shared.model(node, inputs, wanted, bound)
+                found: Mapping[str, Value] = await self._shared.model(node, inputs, wanted, bound, slot)
                 return found
         finally:
             if self._trace is not None:
                 self._note_sent(node, prefix, sent)
-            if slots is not None:
-                slots.release()
 
     async def _control(
         self, node: PlanNode, inputs: Any, wanted: Sequence[str], prefix: str, record: Record | None, bound: Deadline
@@ -450,6 +482,16 @@ class Run:
             self._record.inputs.pop(node.name, None)  # what stands in for it has no derivative
         self._settle(index, {name: results[name] for name in self._route.wanted[index]})
         return None
+
+    @_ends_the_run
+    def _due(self) -> None:
+        """The deadline has passed. Who makes do without an answer was told a little before: if the loop was busy then,
+        it is let finish first.
+        """
+        if any(self._route.nodes[index].children for index in self._began):
+            self._timers.append(self._loop.call_later(_SETTLING_S, self._late))
+        else:
+            self._late()
 
     @_ends_the_run
     def _late(self, index: int | None = None) -> None:

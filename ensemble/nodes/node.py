@@ -318,7 +318,7 @@ class NodeSpec(Model):
     timeout: Seconds | None = None
     """How long it may take, such as `150ms`; never longer than the run has left."""
     max_inflight: int | None = Field(default=None, gt=0)
-    """How many runs may be at this node at once; one more is refused."""
+    """How many runs may be at this node at once; one more waits."""
     batching: Batching | None = None
     """Serve runs that are at this node at the same time by one call of its model."""
     description: str = ""
