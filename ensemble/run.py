@@ -518,10 +518,7 @@ class Run:
         if index in self._graces or not quorum.is_met(self._values):
             return
         self._graces.add(index)
-        if quorum.grace_s <= 0:
-            return self._is_ready(index)
         self._timers.append(self._loop.call_later(quorum.grace_s, self._grace_over, index))
-        return None
 
     @_ends_the_run
     def _grace_over(self, index: int) -> None:

@@ -480,6 +480,19 @@ def test_a_quorum_goes_on_without_those_that_hang() -> None:
         assert all(until(lambda one=one: one.step.servable.cancelled == 1) for one in hung)  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("place", ["thread", "loop"])
+def test_a_quorum_without_a_grace_does_not_wait_for_those_that_hang(place: str) -> None:
+    release = threading.Event()
+    hangs: Any = awaited(lasts_s=30) if place == "loop" else lambda x: release.wait(30) and x
+    members = [node("hung", hangs, place=place), node("quick", lambda x: x + 1)]
+    try:
+        with Ensemble(vote(members, Quorum(1))) as ensemble:
+            found = ensemble.infer({"x": rows()}, deadline=Deadline.after(10))
+            np.testing.assert_allclose(found["y"], rows() + 1, rtol=1e-6)
+    finally:
+        release.set()
+
+
 def test_a_member_that_fails_is_forgiven_while_the_quorum_is_met() -> None:
     members = [node("a", lambda x: x), node("b", fails), node("c", lambda x: x + 2)]
     graph = vote(members, Quorum(2))
