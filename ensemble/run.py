@@ -23,10 +23,11 @@ from ensemble.gradients import Record, Steered
 from ensemble.plan import Plan, PlanNode, Source, Wire
 from ensemble.route import Quorum, Route
 from ensemble.steps import Array, Assembly, Call, Calls, Missing, ModelStep, Outcome, Value, is_pure
-from ensemble.trace import Sent, Span, Trace, bytes_of
+from ensemble.trace import Span, Trace, bytes_of
 from ensemble.values import Sizes, Values, given, guarded, node_error, read, read_only, rows_of, stand_in
 from remote_ops.deadline import Deadline
 from remote_ops.errors import DeadlineExceeded, InternalError, NodeError, RemoteOpsError
+from remote_ops.telemetry import Record as Sent
 from remote_ops.telemetry import recorded
 
 __all__ = ["Run", "Shared", "Slot"]
@@ -34,6 +35,7 @@ __all__ = ["Run", "Shared", "Slot"]
 _P = ParamSpec("_P")
 
 _CLEANUP_S = 0.05  # how long what is cancelled may take to notice
+_RESERVE_S = 0.02  # how much sooner than the deadline those are given up that somebody makes do without
 _SETTLING_S = 0.01  # what decisions may take once all they wait for is over
 _LONGEST_S = 1e6  # what a timer of asyncio can still count
 
@@ -145,6 +147,7 @@ class Run:
         self._tasks: dict[int, asyncio.Future[Any]] = {}
         self._timers: list[asyncio.TimerHandle] = []
         self._graces: set[int] = set()
+        self._sent: dict[str, list[Sent]] = {}  # of a node that is traced: its requests
 
     async def outputs(self) -> dict[str, Value]:
         """Run it."""
@@ -343,15 +346,18 @@ class Run:
     async def _model(
         self, node: PlanNode, inputs: Any, wanted: Sequence[str], prefix: str, bound: Deadline, slot: Slot | None
     ) -> Mapping[str, Value]:
-        try:
-            with recorded() as sent:
-                if node.spec.batching is not None:
-                    return await self._shared.batches(node).infer(inputs, wanted, bound)
-                found: Mapping[str, Value] = await self._shared.model(node, inputs, wanted, bound, slot)
-                return found
-        finally:
-            if self._trace is not None:
-                self._note_sent(node, prefix, sent)
+        if self._trace is None:
+            return await self._answer(node, inputs, wanted, bound, slot)
+        with recorded() as self._sent[_traced(prefix, node)]:
+            return await self._answer(node, inputs, wanted, bound, slot)
+
+    async def _answer(
+        self, node: PlanNode, inputs: Any, wanted: Sequence[str], bound: Deadline, slot: Slot | None
+    ) -> Mapping[str, Value]:
+        if node.spec.batching is not None:
+            return await self._shared.batches(node).infer(inputs, wanted, bound)
+        found: Mapping[str, Value] = await self._shared.model(node, inputs, wanted, bound, slot)
+        return found
 
     async def _control(
         self, node: PlanNode, inputs: Any, wanted: Sequence[str], prefix: str, record: Record | None, bound: Deadline
@@ -549,22 +555,9 @@ class Run:
     ) -> None:
         assert self._trace is not None
         ready, start, size = began
-        self._trace.add(
-            Span(
-                _traced(prefix, node),
-                node.spec.kind,
-                ready,
-                start,
-                time.monotonic(),
-                size,
-                bytes_of(results.values()),
-                outcome,
-            )
-        )
-
-    def _note_sent(self, node: PlanNode, prefix: str, sent: Sequence[Any]) -> None:
-        assert self._trace is not None
-        self._trace.add_sent(_traced(prefix, node), [Sent(*one) for one in sent])
+        name = _traced(prefix, node)
+        sent, out = tuple(self._sent.pop(name, ())), bytes_of(results.values())
+        self._trace.spans.append(Span(name, node.spec.kind, ready, start, time.monotonic(), size, out, outcome, sent))
 
 
 def _too_few(node: PlanNode, quorum: Quorum, values: Values) -> RemoteOpsError:
@@ -578,9 +571,6 @@ def _too_few(node: PlanNode, quorum: Quorum, values: Values) -> RemoteOpsError:
 def _within(node: PlanNode, bound: Deadline) -> Deadline:
     """When a node has to be done: its timeout from now, or sooner."""
     return bound if node.spec.timeout is None else Deadline.after(node.spec.timeout).earlier(bound)
-
-
-_RESERVE_S = 0.02
 
 
 def _sooner(bound: Deadline) -> Deadline:

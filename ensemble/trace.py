@@ -10,24 +10,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ensemble.steps import Array, Missing
+from remote_ops.telemetry import Record
 
-__all__ = ["Sent", "Span", "Trace", "bytes_of"]
-
-
-class Sent(NamedTuple):
-    """One request that a node sent: where, as which attempt, how it ended, and what each phase took, in seconds."""
-
-    url: str
-    attempt: int
-    outcome: str
-    began: float
-    took_s: float
-    sent_bytes: int
-    received_bytes: int
-    connecting_s: float | None = None
-    sending_s: float | None = None
-    waiting_s: float | None = None
-    receiving_s: float | None = None
+__all__ = ["Span", "Trace", "bytes_of"]
 
 
 class Span(NamedTuple):
@@ -52,7 +37,7 @@ class Span(NamedTuple):
     bytes_in: int
     bytes_out: int
     outcome: str = "ok"
-    sent: tuple[Sent, ...] = ()
+    sent: tuple[Record, ...] = ()
 
     @property
     def queue_s(self) -> float:
@@ -83,15 +68,6 @@ class Trace:
         self.began = began
         self.ended = began
         self.spans: list[Span] = []
-        self._sent: dict[str, list[Sent]] = {}
-
-    def add_sent(self, node: str, sent: Iterable[Sent]) -> None:
-        """Note requests of a node, whose span comes when it ends."""
-        self._sent.setdefault(node, []).extend(sent)
-
-    def add(self, span: Span) -> None:
-        """Note a node that has ended."""
-        self.spans.append(span._replace(sent=tuple(self._sent.pop(span.node, ()))))
 
     @property
     def wall_s(self) -> float:

@@ -252,6 +252,25 @@ def test_the_trace_of_a_remote_node_has_its_requests_and_phases(slow: str) -> No
     assert abs(critical_s - trace.wall_s) < 0.05 * trace.wall_s + 0.005
 
 
+def test_each_item_of_a_map_has_its_own_requests_in_a_trace() -> None:
+    with server_ref.running({"m": model(lambda x: 2 * x)}) as url:
+        nodes = f"""
+  last:
+    kind: map
+    over: {{row: $inputs.x}}
+    unit: rows
+    chunk: 1
+    concurrency: 8
+    body: {{nodes: {{far: {{kind: remote, url: '{url}', inputs: {{x: $item.row}}}}}}, outputs: {{y: far}}}}
+"""
+        with load(nodes) as graph:
+            trace = graph.run({"x": rows(40)}, trace=True).trace
+    assert trace is not None
+    far = [span for span in trace.spans if span.node == "last/far"]
+    assert len(far) == 40
+    assert [len(span.sent) for span in far] == [1] * 40
+
+
 def test_a_graph_with_its_server_down_loads_if_its_signature_is_written_down() -> None:
     nodes = "  n0: {kind: remote, url: 'http://127.0.0.1:1/m', inputs: {x: $inputs.x}}\n"
     with pytest.raises(

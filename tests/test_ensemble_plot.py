@@ -23,9 +23,10 @@ from ensemble.layers import Size, place
 from ensemble.mermaid import mermaid
 from ensemble.plan import Plan, PlanInput
 from ensemble.plot import plot
-from ensemble.trace import Sent, Span, Trace
+from ensemble.trace import Span, Trace
 from remote_ops import FunctionServable, TensorSpec
 from remote_ops.errors import SpecError
+from remote_ops.telemetry import Record
 
 Array = npt.NDArray[Any]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -419,9 +420,7 @@ def test_layers_go_down_along_every_arrow(seed: int) -> None:
 def traced(*spans: Span, began: float = 100.0, took_s: float = 0.1) -> Trace:
     trace = Trace("graph", "d1ge57", began)
     trace.ended = began + took_s
-    for span in spans:
-        trace.add_sent(span.node, span.sent)
-        trace.add(span)
+    trace.spans += spans
     return trace
 
 
@@ -475,7 +474,7 @@ def test_a_file_that_is_no_trace_is_told_in_one_line(tmp_path: Any, text: str) -
 
 
 def test_the_table_has_the_median_over_runs_of_what_each_node_did_in_them() -> None:
-    sent = Sent("http://h/", 1, "ok", 100.0, 0.03, 9, 9, waiting_s=0.02)
+    sent = Record("http://h/", 1, "ok", 100.0, 0.03, 9, 9, waiting_s=0.02)
     runs = [
         traced(span("a", 100.0, took_s), *[span("a/b", 100.0, 0.002)] * calls, span("far", 100.5, 0.1, sent=(sent,)))
         for took_s, calls in ((0.01, 1), (0.03, 3), (0.02, 5))
