@@ -20,7 +20,8 @@ from ensemble import lacking
 from remote_ops import __version__
 from remote_ops.cli import text
 from remote_ops.cli.arguments import Output, outputs_of, seconds, whole
-from remote_ops.errors import EncodeError, RemoteOpsError, SignatureError, SpecError
+from remote_ops.cli.status import status_of
+from remote_ops.errors import SpecError
 
 if TYPE_CHECKING:
     from ensemble.check import Checked
@@ -34,41 +35,25 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_ARGUMENTS = (SpecError, SignatureError, EncodeError)
-_INTERRUPTED, _NOBODY_READS = 130, 141  # what a shell says of a process that SIGINT or SIGPIPE ended
 _AT_ONCE = 8
 _IDLE_S = 0.2  # how long a thread takes at most that has nothing to do
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 if it worked, 1 if the graph or a run of it did not, 2 if the arguments are wrong."""
-    status = _status(argv)
+    status = status_of(partial(_run_command, argv))
     if argv is None:
         _leave(status)
     return status
 
 
-def _status(argv: Sequence[str] | None) -> int:
+def _run_command(argv: Sequence[str] | None) -> int:
     try:
-        try:
-            args = _parser().parse_args(argv)
-            status: int = args.run(args)
-            return status
-        finally:
-            print(end="", flush=True)
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    except RemoteOpsError as error:
-        print(text.printable(f"{type(error).__name__}: {error}"), file=sys.stderr)
-        return 2 if isinstance(error, _ARGUMENTS) else 1
+        args = _parser().parse_args(argv)
+        status: int = args.run(args)
+        return status
     except ImportError as error:
         print(f"ImportError: {lacking(error)}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more to write there
-        return _NOBODY_READS
-    except (OSError, MemoryError) as error:  # a disk that is full
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,36 +12,22 @@ from remote_ops.cli import text
 from remote_ops.cli.arguments import config_of, headers_of, inputs_of, outputs_of, seconds, whole
 from remote_ops.cli.call import call
 from remote_ops.cli.ping import line, ping
+from remote_ops.cli.status import status_of
 from remote_ops.client import Endpoint
-from remote_ops.errors import EncodeError, RemoteOpsError, SignatureError, SpecError
 from remote_ops.policy import Retry
 
 __all__ = ["main"]
 
-_ARGUMENTS = (SpecError, SignatureError, EncodeError)
-_INTERRUPTED, _NOBODY_READS = 130, 141  # what a shell says of a process that SIGINT or SIGPIPE ended
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 if it worked, 1 if the server did not, 2 if the arguments are wrong."""
-    try:
-        try:
-            args = _parser().parse_args(argv)
-            status: int = args.run(args)
-            return status
-        finally:
-            print(end="", flush=True)
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    except RemoteOpsError as error:
-        print(text.printable(f"{type(error).__name__}: {error}"), file=sys.stderr)
-        return 2 if isinstance(error, _ARGUMENTS) else 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more to write there
-        return _NOBODY_READS
-    except (OSError, MemoryError) as error:  # a disk that is full
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    return status_of(partial(_run_command, argv))
+
+
+def _run_command(argv: Sequence[str] | None) -> int:
+    args = _parser().parse_args(argv)
+    status: int = args.run(args)
+    return status
 
 
 # --------------------------------------------------------------------------- commands
