@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
-from remote_ops import graphpipe, http1
+from remote_ops import http1
 from remote_ops.buffers import BufferPool
 from remote_ops.connection import write_at_once, write_buffers
-from remote_ops.errors import FramingError, RemoteError, RemoteOpsError, answer_of
-from server_ref.instances import Job, Lanes
+from remote_ops.errors import FramingError
+from server_ref.answer import Answer, graphpipe_error, text_error
+from server_ref.model import Run
 
-__all__ = ["BINARY", "TEXT", "Answer", "Connection", "Host", "Timeouts"]
+__all__ = ["Connection", "Host", "Timeouts"]
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
-log = logging.getLogger("server_ref")
-
-BINARY = "application/octet-stream"
-TEXT = "text/plain; charset=utf-8"
 _DISCARD = memoryview(bytearray(1 << 16))
 
 
@@ -44,15 +40,6 @@ class Timeouts:
     min_rate: int = 100_000
 
 
-class Answer(NamedTuple):
-    """What goes back: status, content type, and the body as buffers."""
-
-    status: int
-    content_type: str
-    body: Sequence[Buffer]
-    headers: Sequence[tuple[str, str]] = ()
-
-
 class Host(Protocol):
     """What a connection needs of the front that it belongs to."""
 
@@ -64,29 +51,7 @@ class Host(Protocol):
     draining: bool
 
     def answer(self, message: http1.Message, connection: Connection) -> Answer | None:
-        """Answer a request, or start what will answer it through the connection's `reply_outcome`."""
-
-
-def _first_line(error: BaseException) -> str:
-    try:
-        return f": {(str(error).splitlines() or [''])[0][:300]}"
-    except Exception:  # it cannot even say what it is
-        return ""
-
-
-def error_answer(error: BaseException, *, as_text: bool = False) -> Answer:
-    """The answer to a request that failed: a status, and a message that says why, without traces or paths of ours."""
-    if isinstance(error, RemoteOpsError):
-        message = error.message if isinstance(error, RemoteError) else str(error)
-    else:
-        message = f"the model raised {type(error).__name__}{_first_line(error)}"
-        log.error("a model raised", exc_info=error)
-    _, code, status = answer_of(error)
-    status = error.status if isinstance(error, FramingError) else status
-    headers = [("Retry-After", "1")] if status in (429, 503) else []
-    if as_text:
-        return Answer(status, TEXT, (f"{message}\n".encode(),), headers)
-    return Answer(status, BINARY, (graphpipe.encode_error(code, message),), headers)
+        """Answer a request, or start what will answer it through the connection's `finish`."""
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -103,9 +68,9 @@ class Connection(asyncio.BufferedProtocol):
         self.local = False
         self.busy = False
         self.served = False
-        self.job: Job | None = None
-        self.lanes: Lanes | None = None
-        self.task: asyncio.Task[None] | None = None
+        self.run: Run | None = None
+        self.error_answer: Callable[[BaseException], Answer] = graphpipe_error
+        self._writing: asyncio.Task[None] | None = None
         self.expires_at = 0.0
         self._head: http1.Head | None = None
         self._body_since: float | None = None
@@ -180,10 +145,11 @@ class Connection(asyncio.BufferedProtocol):
             self._head = message.head
             self._body_since = None
             self.expires_at = float("inf")
+            self.error_answer = _error_form(message.head)
             try:
                 answer = self.front.answer(message, self)
             except Exception as error:
-                answer = self._error(error)
+                answer = self.error_answer(error)
             del message  # its buffer goes back as soon as the model is done with it
             if answer is not None:
                 self.reply(answer)
@@ -207,18 +173,11 @@ class Connection(asyncio.BufferedProtocol):
         timeouts = self.front.timeouts
         self.expires_at = self._body_since + timeouts.body_s + self.reader.body_bytes / timeouts.min_rate
 
-    def reply_outcome(self, outcome: list[Buffer] | BaseException) -> None:
+    def finish(self, outcome: Answer | BaseException) -> None:
         """Answer the request at hand with what its run ended in."""
-        self.job = self.task = None
-        if isinstance(outcome, BaseException):
-            self.reply(self._error(outcome))
-        else:
-            self.reply(Answer(200, BINARY, outcome))
+        self.run = None
+        self.reply(self.error_answer(outcome) if isinstance(outcome, BaseException) else outcome)
         self._advance()
-
-    def _error(self, error: BaseException) -> Answer:
-        accept = self._head.headers.get("accept", "") if self._head is not None else ""
-        return error_answer(error, as_text=accept.startswith("text/plain"))
 
     def reply(self, answer: Answer) -> None:
         """Write an answer and be ready for the next request."""
@@ -236,7 +195,7 @@ class Connection(asyncio.BufferedProtocol):
         if write_at_once(transport, parts):
             self._written(keep_alive)
         else:
-            self.task = self.front.loop.create_task(self._write_slowly(transport, parts, keep_alive))
+            self._writing = self.front.loop.create_task(self._write_slowly(transport, parts, keep_alive))
 
     async def _write_slowly(self, transport: asyncio.Transport, parts: Sequence[Buffer], keep_alive: bool) -> None:
         await write_buffers(transport, parts, self._wait_until_drained)
@@ -266,7 +225,7 @@ class Connection(asyncio.BufferedProtocol):
         """Answer what cannot be read as a request, and close: where the next one would begin is unknown."""
         if self._lingering or self.transport is None:
             return
-        answer = self._error(error)
+        answer = self.error_answer(error)
         head = http1.response_head(answer.status, sum(map(len, answer.body)), answer.content_type, keep_alive=False)
         self.transport.write(head + b"".join(answer.body))
         # Closing now would reset the connection while the peer still sends, and it would never see the answer.
@@ -293,13 +252,18 @@ class Connection(asyncio.BufferedProtocol):
             self.transport.abort()
 
     def _cancel(self) -> None:
-        if self.job is not None and self.lanes is not None:
-            self.lanes.cancel(self.job)
-            self.job = None
-        if self.task is not None:
-            self.task.cancel()
-            self.task = None
+        if self.run is not None:
+            self.run.version.cancel(self.run)
+            self.run = None
+        if self._writing is not None:
+            self._writing.cancel()
+            self._writing = None
         self.busy = False
 
     def _expire_after(self, seconds: float) -> None:
         self.expires_at = self.front.loop.time() + seconds
+
+
+def _error_form(head: http1.Head) -> Callable[[BaseException], Answer]:
+    """How a client wants to be told of errors, unless its protocol says otherwise."""
+    return text_error if head.headers.get("accept", "").startswith("text/plain") else graphpipe_error

@@ -1,7 +1,7 @@
 """The data plane: which models there are, who is connected, and which request goes where.
 
-Connections are `connection`'s, calls are `model`'s, running is `instances`'. It knows nothing of batching,
-repositories or processes.
+Connections are `connection`'s, which model is meant `catalog`'s, calls are `model`'s, running is `instances`'. It knows
+nothing of batching, repositories or processes.
 
 Everything changes on the loop's thread only, so there is no lock.
 """
@@ -16,12 +16,13 @@ from urllib.parse import unquote
 from remote_ops import graphpipe, http1
 from remote_ops.buffers import BufferPool
 from remote_ops.deadline import Deadline
-from remote_ops.errors import InvalidRequest, ModelNotFound, Overloaded
+from remote_ops.errors import InvalidRequest, RemoteOpsError
 from remote_ops.servable import Servable
-from remote_ops.signature import did_you_mean
-from server_ref.connection import BINARY, TEXT, Answer, Connection, Timeouts
-from server_ref.instances import Job
-from server_ref.model import Model, Run, name_inputs
+from remote_ops.signature import Array
+from server_ref.answer import BINARY, JSON, TEXT, Answer
+from server_ref.catalog import Catalog
+from server_ref.connection import Connection, Timeouts
+from server_ref.model import Run, Version, name_inputs
 
 __all__ = ["Front"]
 
@@ -34,7 +35,8 @@ class Front:
     """The data plane: which models there are, who is connected, and how each request is answered.
 
     Args:
-        models: name -> servable. One model answers any path; several answer `/<model>` and `/<model>/<version>`.
+        models: name -> servable, or a version made with options. One model answers any path; several answer
+            `/<model>` and `/<model>/<version>`.
         limits: what a request may be in size.
         timeouts: how long a peer may take.
         on_shutdown: called when a local peer asks for `/control/shutdown`; without it that is refused.
@@ -42,13 +44,15 @@ class Front:
 
     def __init__(
         self,
-        models: Mapping[str, Servable],
+        models: Mapping[str, Servable | Version],
         *,
         limits: http1.Limits = http1.Limits(),  # noqa: B008 (immutable)
         timeouts: Timeouts = Timeouts(),  # noqa: B008 (immutable)
         on_shutdown: Callable[[], None] | None = None,
     ) -> None:
-        self.models = {name: Model(name, servable) for name, servable in models.items()}
+        self.catalog = Catalog(
+            {name: what if isinstance(what, Version) else Version(name, [what]) for name, what in models.items()}
+        )
         self.limits = limits
         self.timeouts = timeouts
         self.on_shutdown = on_shutdown
@@ -57,14 +61,11 @@ class Front:
         self.ready = False
         self.alive = True
         self.draining = False  # then every answer closes its connection
-        self._only = next(iter(self.models.values())) if len(self.models) == 1 else None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start the threads that models run on; call it on the loop, before the first connection."""
         self.loop = loop
-        for model in self.models.values():
-            if model.ainfer is None:
-                model.lanes.start(loop)
+        self.catalog.start(loop)
         self.ready = True
         self._sweep()
 
@@ -73,8 +74,7 @@ class Front:
         self.alive = self.ready = False
         for connection in tuple(self.connections):
             connection.abort()
-        for model in self.models.values():
-            model.lanes.stop()
+        self.catalog.stop()
 
     def connection(self) -> Connection:
         """Make the protocol of a new connection."""
@@ -98,19 +98,20 @@ class Front:
         for connection in tuple(self.connections):
             if now > connection.expires_at:
                 connection.expire()
+        self.catalog.sweep()
         if self.alive:
             self.loop.call_later(0.25, self._sweep)
 
     # routes
 
     def answer(self, message: http1.Message, connection: Connection) -> Answer | None:
-        """Answer a request, or start what will; None if the answer comes later, through its `reply_outcome`."""
+        """Answer a request, or start what will; None if the answer comes later, through its `finish`."""
         method, target = message.head.method, message.head.target
-        path = target.partition("?")[0]
+        path = unquote(target.partition("?")[0])
         if path.startswith("/control/"):
             return self._control(path.removeprefix("/control/"), method, message, connection)
         if method == "POST":
-            return self._post(self._model(path), message, connection)
+            return self._post(self._version(path), message, connection)
         if method == "GET":
             return self._get(path)
         if method == "OPTIONS":
@@ -118,27 +119,22 @@ class Front:
         text = f"no {method} here: GET gives metadata, POST calls the model\n"
         return Answer(405, TEXT, (text.encode(),), [_ALLOW])
 
-    def _get(self, path: str) -> Answer:
-        if path == "/" and self._only is None:
-            listed = [{"Name": name, "Path": f"/{name}"} for name in self.models]
-            return Answer(200, "application/json", (json.dumps({"Models": listed}, indent=4).encode(),))
-        return Answer(200, "application/json", (self._model(path).metadata_json,))
+    def begin(self, run: Run, connection: Connection) -> Answer | None:
+        """Set out on a run whose answer goes to a connection; its answer, if that is there at once."""
+        answer = run.version.begin(run)
+        if answer is None:
+            connection.run = run
+        return answer
 
-    def _model(self, path: str) -> Model:
-        if self._only is not None:
-            return self._only
-        name, _, version = (unquote(part) for part in path.strip("/").partition("/"))
-        model = self.models.get(name)
-        if model is not None and version in ("", model.signature.version):
-            return model
-        if model is not None:
-            there_is = f"there is '{model.signature.version}'" if model.signature.version else "it has no versions"
-            raise ModelNotFound(f"no version '{version}' of model '{name}': {there_is}")
-        known = [f"/{model}" for model in self.models]
-        there_are = f"there are {', '.join(known)}"
-        if not name:
-            raise ModelNotFound(f"this URL names no model: {there_are}; append one of them")
-        raise ModelNotFound(f"no model '/{name}': {there_are}{did_you_mean(f'/{name}', known)}")
+    def _get(self, path: str) -> Answer:
+        if path == "/" and self.catalog.only is None:
+            listed = [{"Name": name, "Path": f"/{name}"} for name in self.catalog.models]
+            return Answer(200, JSON, (json.dumps({"Models": listed}, indent=4).encode(),))
+        return Answer(200, JSON, (self._version(path).metadata_json,))
+
+    def _version(self, path: str) -> Version:
+        model, version = self.catalog.find(path)
+        return model.version(version)
 
     def _control(self, verb: str, method: str, message: http1.Message, connection: Connection) -> Answer:
         if verb == "is_ready":
@@ -159,45 +155,41 @@ class Front:
 
     # inference
 
-    def _post(self, model: Model, message: http1.Message, connection: Connection) -> Answer | None:
-        deadline = _deadline_of(message.head)
+    def _post(self, version: Version, message: http1.Message, connection: Connection) -> Answer | None:
+        deadline = deadline_of(message.head)
         request = graphpipe.decode_request(message.body)
         if isinstance(request, graphpipe.MetadataRequest):
-            return Answer(200, BINARY, (model.metadata,))
-        arrays = model.signature.view_inputs(name_inputs(model.signature, request), at=model.name)
-        wanted = model.signature.select_outputs(request.output_names or None, at=model.name)
-        call = Run(model, arrays, wanted, request.config, deadline)
-        if model.ainfer is not None:
-            if model.awaited >= model.lanes.max_queue:
-                raise Overloaded(f"{model.awaited} requests wait already: expected at most {model.lanes.max_queue}")
-            connection.task = self.loop.create_task(_finish_async(call, connection))
-            return None
-        if model.fits_on_loop(len(message.body)):
-            outcome = call.outcome()
-            if isinstance(outcome, BaseException):
-                raise outcome
-            return Answer(200, BINARY, outcome)
-        job = Job(call.outcome, connection.reply_outcome)
-        model.lanes.submit(job)
-        connection.job, connection.lanes = job, model.lanes
-        return None
+            return Answer(200, BINARY, (version.metadata,))
+        try:
+            arrays = version.signature.view_inputs(name_inputs(version.signature, request), at=version.name)
+            wanted = version.signature.select_outputs(request.output_names or None, at=version.name)
+        except RemoteOpsError as error:
+            version.refused(error)
+            raise
+        run = Run(
+            version, arrays, wanted,
+            config=request.config, deadline=deadline, write=_write, done=connection.finish,
+        )  # fmt: skip
+        return self.begin(run, connection)
 
 
 def _text(status: int, text: str) -> Answer:
     return Answer(status, TEXT, (text.encode(),))
 
 
-def _deadline_of(head: http1.Head) -> Deadline:
+def _write(results: dict[str, Array]) -> Answer:
+    return Answer(200, BINARY, graphpipe.encode_response(list(results.values())))
+
+
+def deadline_of(head: http1.Head) -> Deadline:
+    """By when the client of a request wants its answer; never, unless it says.
+
+    Raises:
+        InvalidRequest: the header is no number of milliseconds.
+    """
     left = head.headers.get("x-request-timeout-ms")
     if left is None:
         return Deadline.never()
     if not (left.isascii() and left.isdigit() and len(left) <= 12):
         raise InvalidRequest(f"X-Request-Timeout-Ms: expected a number of milliseconds, got {left[:32]!r}")
     return Deadline.after(int(left) / 1000)
-
-
-async def _finish_async(call: Run, connection: Connection) -> None:
-    call.model.awaited += 1  # not where the task is made: one that is cancelled before it begins does not come here
-    outcome = await call.aoutcome()
-    call.model.awaited -= 1
-    connection.reply_outcome(outcome)

@@ -1,141 +1,282 @@
-"""Runs a servable outside the loop, as many calls at a time as its device has room for.
+"""Copies of a model behind one queue, as one servable: many callers in, batches out to whichever copy is idle.
 
-It does not know sockets or messages: a job goes in, its outcome comes back on the loop. More threads than the device
-has room for would only add memory and switches.
-
-Constant: the threads. Changing: `_waiting`, `_idle` and `_stopped`, guarded by `_lock`; `pending`, touched on the loop
-only.
+It does not know sockets or messages. The queue and the threads are `lanes`', the rules `batching`'s, the rows
+`stacking`'s; here they meet a model.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
+import math
 import threading
-from collections import deque
-from collections.abc import Callable
-from typing import Any
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeAlias
 
-from remote_ops.errors import Overloaded
+import numpy.typing as npt
 
-__all__ = ["Job", "Lanes", "room_for"]
+from remote_ops.deadline import Deadline
+from remote_ops.errors import DeadlineExceeded, ModelUnavailable
+from remote_ops.servable import Servable
+from remote_ops.signature import Signature, TensorSpec
+from server_ref.batching import Batching
+from server_ref.lanes import Lanes, Pending, QueueLimits, room_for
+from server_ref.stacking import Call, group_of, infer_together, rows_of
+from server_ref.stats import Stats
 
+__all__ = ["Instances", "Request"]
 
-class Job:
-    """One call on its way to a lane: `run` on the lane's thread, then `done(outcome)` on the loop unless cancelled."""
-
-    __slots__ = ("cancelled", "done", "run")
-
-    def __init__(self, run: Callable[[], Any], done: Callable[[Any], None]) -> None:
-        self.run = run
-        self.done = done
-        self.cancelled = False
-
-
-class _Lane:
-    """One thread's inbox: a job, and the lock it sleeps on until there is one."""
-
-    __slots__ = ("job", "wake")
-
-    def __init__(self) -> None:
-        self.job: Job | None = None
-        self.wake = threading.Lock()
-        self.wake.acquire()
+Array = npt.NDArray[Any]
+Deliver: TypeAlias = "Callable[[list[Request], list[Any]], None]"
 
 
-class Lanes:
-    """Threads that take jobs in the order of arrival; the one that went idle last is woken first.
+class Request(Pending):
+    """One checked call on its way through the queue.
 
-    Args:
-        name: of the threads, for whoever looks at a dump.
-        concurrency: how many jobs run at a time, 1 or more.
-        max_queue: most jobs that wait or run, before further ones are refused.
+    `settle` makes of the outputs, or of what went wrong, what the caller gets: on the instance's thread, so that
+    writing an answer costs the loop nothing. `done` is called with that, where `deliver` says, unless it is cancelled.
     """
 
-    def __init__(self, name: str, concurrency: int, *, max_queue: int = 1024) -> None:
-        self.concurrency = max(1, concurrency)
-        self.max_queue = max_queue
-        self.pending = 0
-        self._name = name
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._lock = threading.Lock()
-        self._waiting: deque[Job] = deque()
-        self._idle: list[_Lane] = []
-        self._stopped = False
+    def __init__(
+        self,
+        call: Call,
+        deadline: Deadline,
+        *,
+        settle: Callable[[Any], Any],
+        done: Callable[[Any], None],
+        priority: int = 0,
+    ) -> None:
+        self.call = call
+        self.deadline = deadline
+        self.due_at = deadline.at
+        self.settle = settle
+        self.done = done
+        self.priority = priority
+        self.payload_bytes = sum(array.nbytes for array in call.arrays.values())
+        self.rows = rows_of(call.arrays) or 1
 
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Start the threads; outcomes are delivered on `loop`."""
-        self._loop = loop
-        for index in range(self.concurrency):
-            lane = _Lane()
-            self._idle.append(lane)
-            threading.Thread(target=self._work, args=(lane,), name=f"{self._name}-{index}", daemon=True).start()
 
-    def submit(self, job: Job) -> None:
-        """Hand a job to an idle lane, or queue it. Call it on the loop.
+class Instances:
+    """A servable around one or more copies of a model.
 
-        Raises:
-            Overloaded: `max_queue` jobs wait or run already.
-        """
-        if self.pending >= self.max_queue:
-            raise Overloaded(f"{self.pending} requests wait already: expected at most {self.max_queue}")
-        self.pending += 1
-        with self._lock:
-            if not self._idle:
-                self._waiting.append(job)
-                return
-            lane = self._idle.pop()
-        lane.job = job
-        lane.wake.release()
+    Args:
+        servables: the copies, equal in signature; one unless there are several devices or processes. Each bears as
+            many calls at a time as its `concurrency` says.
+        name: of the model, for messages and threads; the signature's unless given.
+        batching, limits: the rules of the queue.
+        response_timeout_s: how long a run may take before its callers are told that it hangs.
+        deliver: calls `done` of each request with its outcome; on the instance's thread unless said.
+        stats: told of what runs.
 
-    def cancel(self, job: Job) -> None:
-        """Give a job up: if it waits, others get its place; if it runs, it is not interrupted. Call it on the loop."""
-        job.cancelled = True
-        with self._lock, contextlib.suppress(ValueError):
-            self._waiting.remove(job)
-            self.pending -= 1
+    `start` before the first call, `stop` after the last.
+    """
+
+    def __init__(
+        self,
+        servables: Sequence[Servable],
+        *,
+        name: str = "",
+        batching: Batching = Batching(),  # noqa: B008 (immutable)
+        limits: QueueLimits = QueueLimits(),  # noqa: B008 (immutable)
+        response_timeout_s: float = math.inf,
+        deliver: Deliver | None = None,
+        stats: Stats | None = None,
+    ) -> None:
+        self.name = name or servables[0].signature.name or "model"
+        self.servables = tuple(servables)
+        self.stats = stats or Stats()
+        self.recent_infer_s = math.inf  # the longest of late counts, and fades
+        self._signature = servables[0].signature
+        self._deliver = deliver or deliver_here
+        threads = [servable for servable in servables for _ in range(room_for(servable))]
+        self.lanes: Lanes[Request] = Lanes(
+            self.name, threads, self._run, self._tell,
+            batching=batching, limits=limits, response_timeout_s=response_timeout_s,
+        )  # fmt: skip
+
+    @property
+    def signature(self) -> Signature:
+        """What the copies take and give."""
+        return self._signature
+
+    def start(self) -> Instances:
+        """Start the threads."""
+        self.lanes.start()
+        return self
 
     def stop(self) -> None:
-        """Let the threads end; a job that runs is not interrupted, and its outcome is dropped."""
-        with self._lock:
-            self._stopped = True
-            self._waiting.clear()
-            idle, self._idle = self._idle, []
-        for lane in idle:
-            lane.wake.release()
+        """Let the threads end; what still waits is told so."""
+        self._fail(self.lanes.stop(), ModelUnavailable(f"model '{self.name}' is no longer served"))
 
-    def _work(self, lane: _Lane) -> None:
-        assert self._loop is not None
-        while True:
-            lane.wake.acquire()
-            job, lane.job = lane.job, None
-            while job is not None:
-                outcome = None if job.cancelled else job.run()  # it does not raise
-                following = self._next(lane)  # if there is none, `lane.job` is the loop's to set from now on
-                try:
-                    self._loop.call_soon_threadsafe(self._deliver, job, outcome)
-                except RuntimeError:  # the loop is closed: nobody waits any more
-                    return
-                job = following
-                del following, outcome  # while this thread waits, nothing of the last job may stay alive
-            if self._stopped:
-                return
+    def __enter__(self) -> Instances:
+        return self.start()
 
-    def _next(self, lane: _Lane) -> Job | None:
-        with self._lock:
-            if self._waiting:
-                return self._waiting.popleft()
-            if not self._stopped:
-                self._idle.append(lane)
-            return None
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
-    def _deliver(self, job: Job, outcome: Any) -> None:
-        self.pending -= 1
-        if not job.cancelled:
-            job.done(outcome)
+    def submit(self, request: Request, wanted: Sequence[TensorSpec]) -> None:
+        """Let a request wait for its turn; `wanted` are the outputs that it names.
+
+        Raises:
+            Overloaded, ModelUnavailable: it cannot wait here.
+        """
+        if self.lanes.batching.max_rows:
+            request.group = group_of(self._signature, request.call, wanted)
+        self.lanes.submit(request)
+
+    def run_here(self, request: Request) -> Any:
+        """Run a request on this thread, past the queue; for runs that cost less than handing them over."""
+        request.arrived_at = time.monotonic()
+        return self._run(self.servables[0], [request])[0]
+
+    def cancel(self, request: Request) -> bool:
+        """Give a request up; whether it waited still."""
+        return self.lanes.cancel(request)
+
+    def sweep(self) -> None:
+        """Tell those whose time has passed while they waited, and those whose run hangs; call it now and then."""
+        for request in self.lanes.overdue():
+            passed = DeadlineExceeded(f"no answer from model '{self.name}' in time: the request was still in the queue")
+            self._fail([request], passed)
+        if lost := self.lanes.lost():
+            limit = f"{self.lanes.response_timeout_s:g} s"
+            self._fail(lost, ModelUnavailable(f"no answer from model '{self.name}' in {limit}: its run is given up"))
+
+    def _fail(self, requests: list[Request], error: BaseException) -> None:
+        if requests:
+            self._deliver(requests, [request.settle(error) for request in requests])
+
+    # as a servable
+
+    def infer(
+        self,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None = None,
+        *,
+        config: bytes = b"",
+        deadline: Deadline | None = None,
+    ) -> dict[str, Array]:
+        """Compute the named outputs (None: all) of the named inputs, perhaps together with those of other callers.
+
+        Raises:
+            SignatureError: the inputs or the names asked for do not fit; nobody else is held up.
+            Overloaded: too many wait already.
+            DeadlineExceeded: the deadline passed before it was its turn.
+        """
+        answer: Future[dict[str, Array]] = Future()
+        self._ask(inputs, outputs, config, deadline, answer.set_result, answer.set_exception)
+        return answer.result()
+
+    async def ainfer(
+        self,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None = None,
+        *,
+        config: bytes = b"",
+        deadline: Deadline | None = None,
+    ) -> dict[str, Array]:
+        """The same, awaited; a cancelled call leaves the queue."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[dict[str, Array]] = loop.create_future()
+
+        def end(ended: Callable[[Any], None], value: Any) -> None:
+            def finish() -> None:
+                if not answer.done():
+                    ended(value)
+
+            if threading.get_ident() == home:
+                finish()
+            else:
+                loop.call_soon_threadsafe(finish)
+
+        home = threading.get_ident()
+        request = self._ask(
+            inputs, outputs, config, deadline,
+            lambda results: end(answer.set_result, results), lambda error: end(answer.set_exception, error),
+        )  # fmt: skip
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self.cancel(request)
+            raise
+
+    def _ask(
+        self,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None,
+        config: bytes,
+        deadline: Deadline | None,
+        succeed: Callable[[dict[str, Array]], None],
+        fail: Callable[[BaseException], None],
+    ) -> Request:
+        arrays = self._signature.fit_inputs(inputs)
+        wanted = self._signature.select_outputs(outputs)
+
+        def done(outcome: Any) -> None:
+            if isinstance(outcome, BaseException):
+                fail(outcome)
+            else:
+                succeed(outcome)
+
+        call = Call(arrays, [spec.name for spec in wanted], config)
+        request = Request(call, deadline or Deadline.never(), settle=lambda outcome: outcome, done=done)
+        self.submit(request, wanted)
+        return request
+
+    # on the threads
+
+    def _run(self, servable: Servable, batch: list[Request]) -> list[Any]:
+        """What each request of a batch gets, made ready by its `settle`; never raises."""
+        began, started_at, infer_s = time.perf_counter(), time.monotonic(), 0.0
+        outcomes: list[Any] = [_not_started(self.name, request, started_at) for request in batch]
+        ready = [index for index, outcome in enumerate(outcomes) if outcome is None]
+        deadline = max((batch[index].deadline for index in ready), key=lambda deadline: deadline.at, default=None)
+
+        def infer(call: Call) -> Mapping[str, Array]:
+            nonlocal infer_s
+            since = time.perf_counter()
+            try:
+                return servable.infer(call.arrays, call.names, config=call.config, deadline=deadline)
+            finally:
+                infer_s += time.perf_counter() - since
+
+        if ready:
+            calls = [batch[index].call for index in ready]
+            found = infer_together(calls, infer, padded_rows=self.lanes.batching.padded)
+            for index, outcome in zip(ready, found, strict=True):
+                outcomes[index] = outcome
+        computed_s = time.perf_counter() - began
+        settled = [request.settle(outcome) for request, outcome in zip(batch, outcomes, strict=True)]
+        if ready:
+            self.recent_infer_s = max(infer_s, min(0.9 * self.recent_infer_s, 1.0))
+            self.stats.ran(
+                sum(batch[index].rows for index in ready),
+                waited_s=[started_at - batch[index].arrived_at for index in ready],
+                input_s=computed_s - infer_s, infer_s=infer_s, output_s=time.perf_counter() - began - computed_s,
+                ended_at=time.time(),
+            )  # fmt: skip
+        return settled
+
+    def _tell(self, batch: list[Request], settled: list[Any]) -> None:
+        self._deliver(batch, settled)
 
 
-def room_for(servable: Any) -> int:
-    """How many calls of `servable` may run at a time: what it says itself, else one per core."""
-    return int(getattr(servable, "concurrency", 0)) or os.cpu_count() or 1
+def deliver_here(requests: Sequence[Request], settled: Sequence[Any]) -> None:
+    """Tell each request what it came to, on this thread."""
+    for request, outcome in zip(requests, settled, strict=True):
+        if not request.cancelled:
+            request.done(outcome)
+
+
+def _not_started(name: str, request: Request, now: float) -> BaseException | None:
+    """Why a request is not run, if it is not."""
+    if request.cancelled:
+        return ModelUnavailable(f"nobody waits for this run of model '{name}' any more")
+    if request.due_at > now:
+        return None
+    try:
+        request.deadline.require(f"model '{name}'")
+    except DeadlineExceeded as error:
+        return error
+    return DeadlineExceeded(f"no time left to start model '{name}'")

@@ -26,6 +26,7 @@ from remote_ops.errors import SpecError
 from remote_ops.servable import Servable
 from server_ref.connection import Timeouts
 from server_ref.front import Front
+from server_ref.model import Version
 
 __all__ = ["Server", "running", "serve"]
 
@@ -73,7 +74,7 @@ class Server:
 
     def __init__(
         self,
-        models: Mapping[str, Servable],
+        models: Mapping[str, Servable | Version],
         listen: str = "127.0.0.1:0",
         *,
         tls: ssl.SSLContext | None = None,
@@ -166,11 +167,11 @@ class Server:
     def describe(self) -> str:
         """What runs where: a line per model with its signature and the device it really runs on."""
         lines = []
-        for name, model in self.front.models.items():
-            url = self.url if len(self.front.models) == 1 else f"{self.url}{quote(name, safe='')}"
-            device = getattr(model.servable, "device", "remote" if hasattr(model.servable, "url") else "cpu")
-            at_once = "awaited on the loop" if model.ainfer else f"{model.lanes.concurrency} at a time"
-            lines.append(f"{name} at {url} on {device}, {at_once}\n  {model.signature}")
+        for version in self.front.catalog:
+            name = version.name
+            url = self.url if self.front.catalog.only else f"{self.url}{quote(name, safe='')}"
+            device = getattr(version.servable, "device", "remote" if hasattr(version.servable, "url") else "cpu")
+            lines.append(f"{name} at {url} on {device}, {version.at_once}\n  {version.signature}")
         return "\n".join(lines)
 
 
@@ -192,7 +193,7 @@ def _remove_stale(path: str) -> None:
 
 @contextlib.contextmanager
 def running(
-    models: Mapping[str, Servable],
+    models: Mapping[str, Servable | Version],
     listen: str = "127.0.0.1:0",
     *,
     tls: ssl.SSLContext | None = None,
@@ -250,7 +251,7 @@ async def _settle() -> None:
 
 
 def serve(
-    models: Mapping[str, Servable],
+    models: Mapping[str, Servable | Version],
     listen: str = "127.0.0.1:9000",
     *,
     tls: ssl.SSLContext | None = None,
@@ -284,7 +285,7 @@ def serve(
 
 
 async def _serve(
-    models: Mapping[str, Servable],
+    models: Mapping[str, Servable | Version],
     listen: str,
     tls: ssl.SSLContext | None,
     limits: http1.Limits,

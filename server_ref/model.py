@@ -1,16 +1,18 @@
-"""One served model: what it says of itself, and one checked call of it.
+"""One served version of a model: what it says of itself, and its way from a checked request to an answer.
 
-It does not know connections or routes.
+It does not know connections or routes. Everything but the runs themselves happens on the loop's thread.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import numpy.typing as npt
 
@@ -24,43 +26,253 @@ from remote_ops.errors import (
     FramingError,
     InternalError,
     ModelUnavailable,
+    Overloaded,
     SignatureError,
     SpecError,
 )
 from remote_ops.servable import Servable
 from remote_ops.signature import DTYPES, Signature, TensorSpec
-from server_ref.instances import Lanes, room_for
+from server_ref.answer import Answer
+from server_ref.batching import Batching
+from server_ref.instances import Instances, Request
+from server_ref.lanes import QueueLimits
+from server_ref.stacking import Call
+from server_ref.stats import Stats, reason_of
 
-__all__ = ["Model", "Run", "name_inputs"]
+__all__ = ["Run", "Version", "name_inputs"]
 
 Array = npt.NDArray[Any]
-Buffer: TypeAlias = "bytes | bytearray | memoryview"
 _QUICK_S = 100e-6
 _QUICK_BYTES = 1 << 16
 
 
-class Model:
-    """One servable under its name, with what it answers about itself, built once."""
+class Version:
+    """One version of a model, with what it answers about itself, built once.
 
-    def __init__(self, name: str, servable: Servable) -> None:
+    Args:
+        name: of the model, which is its path.
+        servables: one or more copies of it, equal in signature.
+        version: its name among the versions of the model; that of the signature unless given.
+        batching, limits, response_timeout_s: as in `Instances`.
+        awaited: a servable with `ainfer` to call instead of the copies, such as a cache around them; unless given, a
+            lone copy that has `ainfer` is awaited itself, if it is not batched.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        servables: Sequence[Servable],
+        *,
+        version: str = "",
+        batching: Batching = Batching(),  # noqa: B008 (immutable)
+        limits: QueueLimits = QueueLimits(),  # noqa: B008 (immutable)
+        response_timeout_s: float = math.inf,
+        awaited: Callable[[Instances], Servable] | None = None,
+    ) -> None:
         self.name = name
-        self.servable = servable
-        self.signature = _served_signature(name, servable.signature)
+        self.servable = servables[0]
+        self.signature = _served_signature(name, self.servable.signature)
+        self.version = version or self.signature.version
+        self.limits = limits
+        self.stats = Stats()
         self.metadata = graphpipe.encode_metadata(self.signature)
         self.metadata_json = json.dumps(_json_metadata(self.signature), indent=4).encode()
-        self.ainfer: Callable[..., Awaitable[dict[str, Array]]] | None = getattr(servable, "ainfer", None)
-        self.lanes = Lanes(name or "model", room_for(servable))
-        self.awaited = 0
-        self._never_waits = bool(getattr(servable, "never_waits", False))
-        self._recent_run_s = math.inf
+        self.instances = Instances(
+            servables, name=name, batching=batching, limits=limits, response_timeout_s=response_timeout_s,
+            deliver=self._deliver, stats=self.stats,
+        )  # fmt: skip
+        outer = awaited(self.instances) if awaited else self.servable
+        alone = len(servables) == 1 and not batching.max_rows
+        self.ainfer: Callable[..., Awaitable[dict[str, Array]]] | None = (
+            getattr(outer, "ainfer", None) if awaited or alone else None
+        )
+        self._threads = awaited is not None or self.ainfer is None
+        self._never_waits = bool(getattr(self.servable, "never_waits", False)) and alone
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
-    def ran(self, seconds: float) -> None:
-        """Take note of how long a run took: the longest of late counts, and fades."""
-        self._recent_run_s = max(seconds, min(self._recent_run_s * 0.9, 1.0))
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take requests from now on; answers are told on `loop`."""
+        self._loop = loop
+        if self._threads:
+            self.instances.start()
 
-    def fits_on_loop(self, request_bytes: int) -> bool:
+    def stop(self) -> None:
+        """Take none any more; those that wait are told so, those that run are let go."""
+        self.instances.stop()
+        for task in tuple(self._tasks):
+            task.cancel()
+
+    def sweep(self) -> None:
+        """Give up what has waited or run too long; call it now and then."""
+        self.instances.sweep()
+
+    @property
+    def pending(self) -> int:
+        """How many requests wait or run."""
+        return self.stats.pending
+
+    @property
+    def at_once(self) -> str:
+        """How many it serves at a time, in words."""
+        return "awaited on the loop" if not self._threads else f"{self.instances.lanes.concurrency} at a time"
+
+    def begin(self, run: Run) -> Answer | None:
+        """Set out on a run; its answer, if that is there at once, and else None: its `done` will be told.
+
+        Raises:
+            Overloaded, ModelUnavailable: it cannot wait here.
+        """
+        assert self._loop is not None
+        run.arrived_at = time.monotonic()
+        self.stats.began(run.payload_bytes)
+        try:
+            if self.ainfer is not None:
+                self._await(run, self._loop)
+                return None
+            if self._fits_on_loop(run):
+                return self._now(run)
+            self.instances.submit(run, run.wanted)
+        except Exception as error:
+            self._count(run, error)
+            raise
+        return None
+
+    def _now(self, run: Run) -> Answer:
+        outcome: Answer | BaseException = self.instances.run_here(run)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        self._count(run, outcome)
+        return outcome
+
+    def refused(self, error: BaseException) -> None:
+        """Count a request that was wrong before it could wait."""
+        self.stats.began(0)
+        self.stats.ended(0.0, failed=reason_of(error))
+
+    def cancel(self, run: Run) -> None:
+        """Give a run up: its caller has gone."""
+        if run.ended:
+            return
+        run.ended = run.cancelled = True
+        self.instances.cancel(run)
+        if run.task is not None:
+            run.task.cancel()
+        self.stats.ended(time.monotonic() - run.arrived_at, failed="canceled")
+
+    def _fits_on_loop(self, run: Run) -> bool:
         """Whether handing the run to a thread would cost more than the run: it only computes, and is known as quick."""
-        return self._never_waits and self._recent_run_s < _QUICK_S and request_bytes < _QUICK_BYTES
+        quick = self._never_waits and self.instances.recent_infer_s < _QUICK_S
+        return quick and run.payload_bytes < _QUICK_BYTES
+
+    def _await(self, run: Run, loop: asyncio.AbstractEventLoop) -> None:
+        awaited, most = len(self._tasks), self.limits.max_requests
+        if awaited >= most:
+            raise Overloaded(f"{awaited} requests wait already: expected at most {most}")
+        run.task = task = loop.create_task(self._finish(run))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _finish(self, run: Run) -> None:
+        assert self.ainfer is not None
+        call, began = run.call, time.perf_counter()
+        outcome: Any
+        try:
+            run.deadline.require(f"model '{self.name}'")
+            outcome = await self.ainfer(call.arrays, call.names, config=call.config, deadline=run.deadline)
+        except BaseException as error:
+            outcome = error
+        infer_s = time.perf_counter() - began
+        settled = run.settle(outcome)
+        if not self._threads:
+            self.stats.ran(
+                run.rows, waited_s=[0.0], input_s=0.0, infer_s=infer_s,
+                output_s=time.perf_counter() - began - infer_s, ended_at=time.time(),
+            )  # fmt: skip
+        self._tell([run], [settled])
+
+    def _deliver(self, requests: Sequence[Request], settled: Sequence[Any]) -> None:
+        """Tell the callers of a batch, on the loop and with one wake-up."""
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._tell, requests, settled)
+
+    def _tell(self, runs: Sequence[Any], settled: Sequence[Any]) -> None:
+        for run, outcome in zip(runs, settled, strict=True):
+            if not run.ended:
+                self._count(run, outcome)
+                run.done(outcome)
+
+    def _count(self, run: Run, outcome: Any) -> None:
+        run.ended = True
+        took_s = (now := time.monotonic()) - run.arrived_at
+        if isinstance(outcome, BaseException):
+            self.stats.ended(took_s, failed=reason_of(outcome))
+        else:
+            self.stats.ended(took_s, bytes_out=sum(map(len, outcome.body)), at=now)
+
+    def blamed(self, error: BaseException) -> BaseException:
+        """What a model failed with, as its caller should see it: bytes that it could not read were not the caller's."""
+        if isinstance(error, CodecError | FramingError):
+            return InternalError(f"model '{self.name}' got an answer it cannot read: {error}")
+        if isinstance(error, ConnectError | ConnectionLost):
+            return ModelUnavailable(f"model '{self.name}' is out of reach: {error}")
+        if isinstance(error, SpecError):
+            return InternalError(f"model '{self.name}' is not set up to run: {error}")
+        return error
+
+
+class Run(Request):
+    """One checked request of a version.
+
+    Args:
+        version: whose.
+        arrays: its inputs by name, as the signature wants them.
+        wanted: the outputs asked for, in order.
+        config, deadline, priority: its own.
+        write: makes the answer of the outputs by name; on an instance's thread.
+        done: is told the answer, or what went wrong, on the loop.
+    """
+
+    def __init__(
+        self,
+        version: Version,
+        arrays: Mapping[str, Array],
+        wanted: tuple[TensorSpec, ...],
+        *,
+        config: bytes = b"",
+        deadline: Deadline,
+        priority: int = 0,
+        write: Callable[[dict[str, Array]], Answer],
+        done: Callable[[Any], None],
+    ) -> None:
+        call = Call(arrays, [spec.name for spec in wanted], config)
+        super().__init__(call, deadline, settle=self._settled, done=done, priority=priority)
+        self.version = version
+        self.wanted = wanted
+        self.ended = False
+        self.task: asyncio.Task[None] | None = None
+        self._write = write
+
+    def _settled(self, outcome: Any) -> Any:
+        """The answer, or what went wrong; whatever a model gives or raises, its thread and its caller go on."""
+        if isinstance(outcome, BaseException):
+            return self.version.blamed(outcome)
+        try:
+            return self._written(outcome)
+        except BaseException as error:
+            return self.version.blamed(error)
+
+    def _written(self, results: Any) -> Answer:
+        if not isinstance(results, Mapping):
+            got = type(results).__name__
+            raise InternalError(
+                f"model '{self.version.name}' breaks its own signature: expected a dict by name, got a {got}"
+            )
+        try:
+            return self._write(self.version.signature.fit_outputs(results, self.wanted))
+        except (SignatureError, EncodeError) as error:
+            raise InternalError(f"model '{self.version.name}' breaks its own signature: {error}") from error
 
 
 def _served_signature(name: str, signature: Signature) -> Signature:
@@ -114,61 +326,3 @@ def name_inputs(signature: Signature, request: graphpipe.InferRequest) -> dict[s
     if len(set(given)) != len(given):
         raise SignatureError(f"an input is given twice: {', '.join(given)}")
     return dict(zip(given, tensors, strict=True))
-
-
-class Run(NamedTuple):
-    """One checked call of a model: what runs on a lane."""
-
-    model: Model
-    arrays: dict[str, Array]
-    wanted: tuple[TensorSpec, ...]
-    config: bytes
-    deadline: Deadline
-
-    @property
-    def names(self) -> list[str]:
-        """The outputs asked for, in order."""
-        return [spec.name for spec in self.wanted]
-
-    def outcome(self) -> list[Buffer] | BaseException:
-        """The buffers of the answer, or what went wrong."""
-        try:
-            self.deadline.require(f"model '{self.model.name}'")
-            since = time.perf_counter()
-            results = self.model.servable.infer(self.arrays, self.names, config=self.config, deadline=self.deadline)
-            self.model.ran(time.perf_counter() - since)
-            return self.encoded(results)
-        except BaseException as error:  # whatever a model raises, its lane and its caller go on
-            return self.blamed(error)
-
-    async def aoutcome(self) -> list[Buffer] | BaseException:
-        """The same for a servable that can be awaited."""
-        try:
-            self.deadline.require(f"model '{self.model.name}'")
-            assert self.model.ainfer is not None
-            results = await self.model.ainfer(self.arrays, self.names, config=self.config, deadline=self.deadline)
-            return self.encoded(results)
-        except BaseException as error:
-            return self.blamed(error)
-
-    def blamed(self, error: BaseException) -> BaseException:
-        """What a model failed with, as its caller should see it: bytes that it could not read were not the caller's."""
-        if isinstance(error, CodecError | FramingError):
-            return InternalError(f"model '{self.model.name}' got an answer it cannot read: {error}")
-        if isinstance(error, ConnectError | ConnectionLost):
-            return ModelUnavailable(f"model '{self.model.name}' is out of reach: {error}")
-        if isinstance(error, SpecError):
-            return InternalError(f"model '{self.model.name}' is not set up to run: {error}")
-        return error
-
-    def encoded(self, results: Any) -> list[Buffer]:
-        if not isinstance(results, Mapping):
-            got = type(results).__name__
-            raise InternalError(
-                f"model '{self.model.name}' breaks its own signature: expected a dict by name, got a {got}"
-            )
-        try:
-            fitted = self.model.signature.fit_outputs(results, self.wanted)
-            return graphpipe.encode_response(list(fitted.values()))
-        except (SignatureError, EncodeError) as error:
-            raise InternalError(f"model '{self.model.name}' breaks its own signature: {error}") from error

@@ -14,7 +14,7 @@ from remote_ops.errors import ANSWERS
 from remote_ops.signature import DTYPES, MAX_RANK
 from server_ref import Timeouts
 from server_ref.__main__ import _parser
-from server_ref.instances import Lanes
+from server_ref.lanes import QueueLimits
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -121,7 +121,8 @@ def test_server_page_states_the_limits_of_the_server() -> None:
         "header block": limits.max_head_bytes,
         "body": limits.max_body_bytes,
         "chunks of a chunked body": limits.max_chunks,
-        "requests of one model that wait or run": Lanes("x", 1).max_queue,
+        "requests of one model that wait": QueueLimits().max_requests,
+        "bytes of their inputs": QueueLimits().max_bytes,
         "header block to arrive": timeouts.head_s,
         "body to arrive": timeouts.body_s,
         "a connection without a request": timeouts.idle_s,

@@ -980,8 +980,8 @@ def test_r2_a_full_queue_is_overloaded_at_once_with_retry_after() -> None:
     with held() as (url, running, release, ran):
         raws = [Raw(url).post()]
         assert running.wait(WAIT_S)
-        raws += [Raw(url).post() for _ in range(1023)]
-        assert until(lambda: client_count(url) == 1025)
+        raws += [Raw(url).post() for _ in range(1024)]
+        assert until(lambda: client_count(url) == 1026)
         with Raw(url) as refused:
             since = time.monotonic()
             answer = refused.post().read()
@@ -994,7 +994,7 @@ def test_r2_a_full_queue_is_overloaded_at_once_with_retry_after() -> None:
         for raw in raws:
             assert raw.read().status == 200
             raw.close()
-    assert len(ran) == 1024
+    assert len(ran) == 1025
 
 
 def test_a_client_that_vanishes_mid_body_leaves_the_server_serving(url: str) -> None:
@@ -1314,8 +1314,8 @@ def test_clients_that_vanish_give_their_places_in_the_queue_to_others() -> None:
     with held() as (url, running, release, _):
         first = Raw(url).post()
         assert running.wait(WAIT_S)
-        gone = [Raw(url).post() for _ in range(1023)]
-        assert until(lambda: client_count(url) == 1025)
+        gone = [Raw(url).post() for _ in range(1024)]
+        assert until(lambda: client_count(url) == 1026)
         for raw in gone:
             raw.close()
         assert until(lambda: client_count(url) == 2)

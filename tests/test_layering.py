@@ -54,6 +54,17 @@ ROOMS = {
         ("__init__",),
         ("__main__",),
     ),
+    "server_ref": (
+        ("answer", "batching", "stacking", "stats"),
+        ("lanes",),
+        ("instances",),
+        ("model",),
+        ("catalog", "connection"),
+        ("front",),
+        ("lifecycle",),
+        ("__init__",),
+        ("__main__",),
+    ),
 }
 RANK = {
     f"{package}.{room}": rank for package, lines in ROOMS.items() for rank, line in enumerate(lines) for room in line
