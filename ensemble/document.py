@@ -53,12 +53,12 @@ class Written(NamedTuple):
     faults: list[Fault]
 
 
-def read_yaml(text: str, file: str) -> Written:
+def read_yaml(text: str, file: str, *, may_be_empty: bool = False) -> Written:
     """Read a document; `file` is what its places call it. Whatever is wrong is in `.faults`; nothing is raised."""
     reader = _Reader(file)
     try:
         root = _compose(text)
-        if root is None:
+        if root is None and not may_be_empty:
             reader.note("E101", Place(file, 1, 1), (), "the document is empty: expected a mapping with 'ensemble: 1'")
         value = None if root is None else reader.value(root, ())
     except yaml.MarkedYAMLError as error:

@@ -1,4 +1,4 @@
-"""What is wrong with a graph: every fault with its code and place, all of them at once.
+"""What is wrong with a graph, or with another document: every fault with its code and place, all of them at once.
 
 It collects and words faults; what is a fault is decided in `spec`, `graph` and `nodes`.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeAlias
 
 from remote_ops.errors import SpecError
 
-__all__ = ["CODES", "Fault", "FaultList", "GraphFaults", "Path", "Place", "meant"]
+__all__ = ["CODES", "Fault", "FaultList", "Faults", "GraphFaults", "Path", "Place", "meant"]
 
 Path: TypeAlias = "tuple[str | int, ...]"  # ("nodes", "vote", "inputs", "a") in the document
 
@@ -63,8 +63,8 @@ class Fault(NamedTuple):
         )
 
 
-class GraphFaults(SpecError):
-    """A graph that is not valid; `.faults` has every fault, warnings included, in the order of the file."""
+class Faults(SpecError):
+    """A document that is not valid; `.faults` has every fault, warnings included, in the order of the file."""
 
     def __init__(self, faults: Iterable[Fault]) -> None:
         self.faults = tuple(sorted(faults, key=lambda fault: fault.place))
@@ -72,6 +72,10 @@ class GraphFaults(SpecError):
         text = "\n".join(map(str, self.faults))
         super().__init__(text if len(self.faults) == 1 else f"{len(errors)} fault{'s' * (len(errors) != 1)}\n{text}")
         self.path = ".".join(map(str, errors[0].path)) if errors else ""
+
+
+class GraphFaults(Faults):
+    """A graph that is not valid."""
 
 
 class FaultList:

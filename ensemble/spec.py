@@ -6,12 +6,10 @@ faults it gives on the parts that have none.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
-import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union, get_args
@@ -19,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union, get
 from pydantic import AfterValidator, BaseModel, Field, PrivateAttr, ValidationError
 
 from ensemble.document import Written, read_yaml
-from ensemble.faults import CODES, Fault, FaultList, Path, Place, meant
+from ensemble.faults import Fault, FaultList, Path, Place, meant
 from ensemble.nodes.cascade import CascadeSpec
 from ensemble.nodes.combine import CombineSpec
 from ensemble.nodes.fallback import FallbackSpec
@@ -28,6 +26,7 @@ from ensemble.nodes.model import GraphSpec, OnnxSpec, PythonSpec, RemoteSpec, Tf
 from ensemble.nodes.node import Bytes, EdgeText, Model, NodeSpec, Seconds, TensorText
 from ensemble.nodes.split import SplitSpec
 from ensemble.nodes.switch import SwitchSpec
+from ensemble.wording import field_names, is_meant, models_in, near, path_of, shown, worded
 from remote_ops.errors import SpecError
 
 __all__ = ["KINDS", "Admission", "Document", "Node", "json_schema", "parse", "read", "schema_text", "text_of"]
@@ -60,7 +59,7 @@ def _complete(model: type[BaseModel]) -> None:
     """Let a model know what `Node` is: the body of a map holds nodes of any kind."""
     model.model_rebuild(_types_namespace={"Node": Node})
     for field in model.model_fields.values():
-        for part in _models_in(field.annotation):
+        for part in models_in(field.annotation):
             if not part.__pydantic_complete__:
                 _complete(part)
 
@@ -79,7 +78,7 @@ class Admission(Model):
 def _metadata(value: str) -> str:
     if value in ("require", "warn") or re.fullmatch(r"file:\S.*", value):
         return value
-    raise ValueError(f"expected require, warn or file:PATH, got {value!r}{_near(value, ('require', 'warn'))}")
+    raise ValueError(f"expected require, warn or file:PATH, got {value!r}{near(value, ('require', 'warn'))}")
 
 
 class Document(Model):
@@ -203,9 +202,7 @@ class _Reading:
 
     def document(self) -> Document | None:
         if not isinstance(self.value, dict):
-            self.faults.add(
-                "E101", (), f"the document: expected a mapping with 'ensemble: 1', got {_shown(self.value)}"
-            )
+            self.faults.add("E101", (), f"the document: expected a mapping with 'ensemble: 1', got {shown(self.value)}")
             return None
         self._check_names()
         for fault in self.faults.all:
@@ -280,7 +277,7 @@ class _Reading:
         """Note what pydantic found, one fault for each place; the paths that they make unusable."""
         found: dict[Path, list[Any]] = {}
         for one in error.errors(include_url=False):
-            path = _path_of(one["loc"], self.value, lacking=one["type"] == "missing")
+            path = path_of(one["loc"], self.value, lacking=one["type"] == "missing")
             found.setdefault(path, []).append(one)
         above = {path[:length] for path in found for length in range(len(path))}
         unknown: dict[Path, list[str]] = {}
@@ -291,7 +288,7 @@ class _Reading:
             if path in above:
                 continue  # another way of a union that was not meant
             first = errors[0]
-            if first["type"] == "missing" and _is_meant(str(path[-1]), unknown.get(path[:-1], ())):
+            if first["type"] == "missing" and is_meant(str(path[-1]), unknown.get(path[:-1], ())):
                 continue  # one fault is enough
             if first["type"] == "extra_forbidden":
                 self._note("E101", self.keys.get(path, self.faults.place(path)), path, self._unknown(path))
@@ -307,12 +304,12 @@ class _Reading:
                 text = f"no kind '{first['ctx']['tag']}'{meant(first['ctx']['tag'], _kinds())}"
                 self.faults.add("E101", path, text)
             else:
-                code, text = _worded(path, errors)
+                code, text = worded(_subject(path), errors)
                 self.faults.add(code, path, text)
             yield path
 
     def _unknown(self, path: Path) -> str:
-        known = {name for model in _models_at(path[:-1], self.value) for name in _fields(model)}
+        known = {name for model in _models_at(path[:-1], self.value) for name in field_names(model)}
         return f"{_subject(path[:-1], of=True)} has no key '{path[-1]}'{meant(str(path[-1]), sorted(known))}"
 
     # what is left
@@ -367,27 +364,7 @@ def _without(value: Any, path: Path) -> Any:
     return {**value, path[0]: _without(value[path[0]], path[1:])}
 
 
-# --------------------------------------------------------------------------- pydantic's errors in our words
-
-
-def _path_of(loc: Iterable[int | str], value: Any, *, lacking: bool) -> Path:
-    """Where an error is in the document: pydantic's own path also names the ways of unions."""
-    *above, last = loc = tuple(loc)
-    path: Path = ()
-    for step in above if lacking else loc:
-        below = _below(value, step)
-        if below is not _NOTHING:
-            path, value = (*path, step), below
-    return (*path, last) if lacking else path
-
-
-_NOTHING = object()
-
-
-def _below(value: Any, step: int | str) -> Any:
-    if isinstance(value, dict):
-        return value.get(step, _NOTHING)
-    return value[step] if isinstance(value, list) and isinstance(step, int) else _NOTHING
+# --------------------------------------------------------------------------- what a part is called
 
 
 def _subject(path: Path, *, of: bool = False) -> str:
@@ -402,80 +379,6 @@ def _subject(path: Path, *, of: bool = False) -> str:
     return f"'{rest}' of {thing}" if rest else thing
 
 
-def _is_meant(name: str, unknown: Iterable[str]) -> bool:
-    """Whether a key that is missing is there under a name that is misspelt."""
-    return any(difflib.get_close_matches(one, [name]) for one in unknown)
-
-
-_EXPECTED = {
-    "string_type": "text",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "literal_error": "{expected}",
-    "greater_than": "more than {gt}",
-    "greater_than_equal": "{ge} or more",
-    "less_than": "less than {lt}",
-    "less_than_equal": "{le} or less",
-    "too_short": "{min_length} or more",
-    "string_too_short": "{min_length} characters or more",
-    "finite_number": "a number that is finite",
-}
-
-
-def _worded(path: Path, errors: list[Any]) -> tuple[str, str]:
-    """The code of a fault and its text, from the errors that pydantic has for one place."""
-    subject = _subject(path)
-    for one in errors:
-        if one["type"] == "value_error":
-            text = str(one["ctx"]["error"])
-            return "E101", f"{subject}: {text}"
-        if one["type"] in CODES:
-            return one["type"], f"{subject}: {one['msg']}"
-    expected = " or ".join(dict.fromkeys(map(_expected, errors)))
-    got = errors[0]["input"]
-    return "E101", f"{subject}: expected {expected}, got {_shown(got)}{_hint(errors, got)}"
-
-
-def _expected(error: Any) -> str:
-    template = _EXPECTED.get(error["type"])
-    if template is None:
-        return str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
-    return template.format(**error.get("ctx", {}))
-
-
-def _hint(errors: list[Any], got: Any) -> str:
-    types = {one["type"] for one in errors}
-    if isinstance(got, str):
-        if "bool_type" in types:
-            return "; only true and false are booleans here"
-        choices = [
-            choice for one in errors for choice in re.findall(r"'([^']*)'", one.get("ctx", {}).get("expected", ""))
-        ]
-        return _near(got, choices)
-    return "; put it in quotes" if "string_type" in types and isinstance(got, bool | int | float) else ""
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    hint = meant(name, known)
-    return hint if hint.startswith(";") else ""
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, dict | list):
-        return "a mapping" if isinstance(value, dict) else "a list"
-    text = json.dumps(value) if isinstance(value, bool) else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 # --------------------------------------------------------------------------- what is known where
 
 
@@ -488,10 +391,6 @@ def _kinds_of(spec: type[BaseModel]) -> tuple[str, ...]:
     return get_args(field.annotation) if field else ()
 
 
-def _fields(model: type[BaseModel]) -> Iterator[str]:
-    return (field.alias or name for name, field in model.model_fields.items())
-
-
 def _models_at(path: Path, value: Any) -> list[type[BaseModel]]:
     """The models that what stands at a path may be of."""
     models: list[type[BaseModel]] = [Document]
@@ -501,16 +400,10 @@ def _models_at(path: Path, value: Any) -> list[type[BaseModel]]:
             field for model in models for name, field in model.model_fields.items() if step == (field.alias or name)
         ]
         if fields:
-            models = [model for field in fields for model in _models_in(field.annotation)]
+            models = [model for field in fields for model in models_in(field.annotation)]
         if isinstance(value, dict) and "kind" in value:
             models = [model for model in models if value["kind"] in _kinds_of(model)] or models
     return models
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return [annotation] if issubclass(annotation, BaseModel) else []
-    return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
 for _kind in KINDS:

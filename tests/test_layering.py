@@ -36,7 +36,7 @@ ROOMS = {
     ),
     "ensemble": (
         ("faults", "forms", "steps", "breaker", "door", "ready"),
-        ("document", "agreement", "rows", "predicate", "trace", "nodes.node", "nodes.function"),
+        ("document", "wording", "agreement", "rows", "predicate", "trace", "nodes.node", "nodes.function"),
         ("plan", "assembly", "batches", "levels", "metadata", "nodes.controller"),
         ("operations", "values"),
         ("combinations", "route", "scope", "gradients", "answers"),
@@ -89,7 +89,10 @@ OWNERS = {
     "opentelemetry": ("remote_ops/telemetry.py",),
     "networkx": ("ensemble/graph.py",),
     "yaml": ("ensemble/document.py",),
-    **dict.fromkeys(("pydantic", "pydantic_core"), ("ensemble/nodes/", "ensemble/operations.py", "ensemble/spec.py")),
+    **dict.fromkeys(
+        ("pydantic", "pydantic_core"),
+        ("ensemble/nodes/", "ensemble/operations.py", "ensemble/spec.py", "ensemble/wording.py"),
+    ),
     "PIL": ("ensemble/ready/image.py", "ensemble/feeds.py"),
     "tokenizers": ("ensemble/ready/tokens.py",),
 }
