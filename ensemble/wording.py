@@ -83,7 +83,11 @@ def _expected(error: Any) -> str:
     template = _EXPECTED.get(error["type"])
     if template is None:
         return str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
-    return template.format(**error.get("ctx", {}))
+    return template.format(**{key: _plain(bound) for key, bound in error.get("ctx", {}).items()})
+
+
+def _plain(bound: Any) -> Any:
+    return int(bound) if isinstance(bound, float) and bound.is_integer() else bound
 
 
 def _hint(errors: list[Any], got: Any) -> str:

@@ -91,7 +91,10 @@ OWNERS = {
     "yaml": ("ensemble/document.py",),
     **dict.fromkeys(
         ("pydantic", "pydantic_core"),
-        ("ensemble/nodes/", "ensemble/operations.py", "ensemble/spec.py", "ensemble/wording.py"),
+        (
+            *("ensemble/nodes/", "ensemble/operations.py", "ensemble/spec.py", "ensemble/wording.py"),
+            "server_ref/settings.py",
+        ),
     ),
     "PIL": ("ensemble/ready/image.py", "ensemble/feeds.py"),
     "tokenizers": ("ensemble/ready/tokens.py",),

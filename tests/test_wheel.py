@@ -51,7 +51,7 @@ def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
     (metadata,) = (top for top in tops if top.endswith(".dist-info"))
     assert tops - {metadata} == PACKAGES
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
-    assert "ensemble/schema.json" in names  # which editors are pointed to
+    assert {"ensemble/schema.json", "server_ref/model.schema.json"} <= set(names)  # which editors are pointed to
     assert f"{metadata}/licenses/LICENSE" in names
     kernel = {path.name for path in (ROOT / "remote_ops/tf/kernel").iterdir() if path.suffix in (".cc", ".h")}
     assert {f"remote_ops/tf/kernel/{name}" for name in kernel} <= set(names)  # what the TensorFlow ops are built from
