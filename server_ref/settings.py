@@ -79,8 +79,8 @@ def _device(value: str) -> str:
 
 def _version(value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, str) and not re.fullmatch(r"[\w+-][\w.+-]*", value, re.ASCII):
+        value = str(value)
+    if isinstance(value, str) and not re.fullmatch(r"[\w+-][\w.+-]{,127}", value, re.ASCII):
         raise ValueError(f"expected a version such as 3 or 2024-05, got {value!r}")
     return value
 
