@@ -6,39 +6,76 @@ It knows no sockets, and loads nothing. Everything changes on the loop's thread 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
 from remote_ops.errors import ModelNotFound
 from remote_ops.signature import did_you_mean
 from server_ref.model import Version
+from server_ref.routing import Routes
 
-__all__ = ["Catalog", "Model"]
+__all__ = ["Catalog", "Chosen", "Model"]
+
+
+class Chosen(NamedTuple):
+    """The version that answers a request, and the one that gets a copy of it, if one does."""
+
+    version: Version
+    copy_to: Version | None = None
 
 
 class Model:
-    """One model: its versions by name, the newest last."""
+    """One model: its versions by name, and how requests are split between them.
+
+    `sticky` is the header, in small letters, whose value keeps a caller with a version; none if empty. `is_routed`
+    once labels and weights have been set.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.versions: dict[str, Version] = {}
+        self.routes = Routes(name, (), frozenset())
+        self.sticky = ""
+        self.is_routed = False
 
-    def version(self, asked: str = "", *, key: str = "") -> Version:
-        """The version that a request means: the one it asks for, else the newest.
+    def choose(self, asked: str = "", headers: Mapping[str, str] = MappingProxyType({})) -> Chosen:
+        """Choose the version of a request: the version or the label that it asks for, else by weight, else the newest.
 
         Args:
-            asked: a version; empty where the request leaves the choice to us.
-            key: what requests of one user have in common.
+            asked: a version or a label; empty where the request leaves the choice to us.
+            headers: those of the request, by name in small letters.
 
         Raises:
-            ModelNotFound: there is no such version.
+            ModelNotFound: there is no such version or label.
+            ModelUnavailable: it is not ready.
         """
-        if not asked:
-            return next(reversed(self.versions.values()))
-        if asked in self.versions:
-            return self.versions[asked]
-        known = [version for version in self.versions if version]
-        there_is = f"there is {', '.join(map(repr, known))}" if known else "it has no versions"
-        raise ModelNotFound(f"no version '{asked}' of model '{self.name}': {there_is}")
+        if asked:
+            return Chosen(self.versions[self.routes.choose(asked).version])
+        key = headers.get(self.sticky) if self.sticky else None
+        choice = self.routes.choose(key=key, chance=random.random() if self.routes.weights else 0.0)
+        return Chosen(self.versions[choice.version], self.versions.get(choice.mirror) if choice.mirror else None)
+
+    def version(self, asked: str = "") -> Version:
+        """The version that answers a request which no header decides about."""
+        return self.choose(asked).version
+
+    def add(self, version: Version) -> Version | None:
+        """Serve a version; gives the one that it replaces."""
+        before = self.versions.get(version.version)
+        self.versions[version.version] = version
+        self._reroute()
+        return before
+
+    def remove(self, version: str) -> Version:
+        """Serve a version no more."""
+        removed = self.versions.pop(version)
+        self._reroute()
+        return removed
+
+    def _reroute(self) -> None:
+        self.routes = self.routes.with_ready(self.versions, self.versions)
 
 
 class Catalog:
@@ -81,9 +118,7 @@ class Catalog:
 
     def add(self, name: str, version: Version) -> Version | None:
         """Serve a version from now on; gives the one that it replaces, which its caller stops when it is done."""
-        model = self.models.setdefault(name, Model(name))
-        before = model.versions.pop(version.version, None)
-        model.versions[version.version] = version
+        before = self.models.setdefault(name, Model(name)).add(version)
         if self._loop is not None:
             version.start(self._loop)
         return before
@@ -91,7 +126,7 @@ class Catalog:
     def remove(self, name: str, version: str) -> Version:
         """Serve a version no more; gives it, and its caller stops it when it is done."""
         model = self.models[name]
-        removed = model.versions.pop(version)
+        removed = model.remove(version)
         if not model.versions:
             del self.models[name]
         return removed
@@ -99,14 +134,14 @@ class Catalog:
     def find(self, path: str) -> tuple[Model, str]:
         """The model that a path names, `/<model>` or `/<model>/<version>`, and the version, if it names one.
 
-        One model answers any path.
+        One model answers any path; one that names it and a version of it is taken at its word.
 
         Raises:
             ModelNotFound: no such model; names those there are.
         """
-        if self.only is not None:
-            return self.only, ""
         name, _, version = path.strip("/").partition("/")
+        if (only := self.only) is not None:
+            return only, version if name == only.name and only.routes.knows(version) else ""
         return self.model(name), version
 
     def model(self, name: str) -> Model:

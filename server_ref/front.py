@@ -9,6 +9,7 @@ Everything changes on the loop's thread only, so there is no lock.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from urllib.parse import unquote
@@ -20,7 +21,7 @@ from remote_ops.errors import InvalidRequest, RemoteOpsError
 from remote_ops.servable import Servable
 from remote_ops.signature import Array
 from server_ref.answer import BINARY, JSON, TEXT, Answer
-from server_ref.catalog import Catalog
+from server_ref.catalog import Catalog, Chosen
 from server_ref.connection import Connection, Timeouts
 from server_ref.model import Run, Version, name_inputs
 
@@ -111,30 +112,35 @@ class Front:
         if path.startswith("/control/"):
             return self._control(path.removeprefix("/control/"), method, message, connection)
         if method == "POST":
-            return self._post(self._version(path), message, connection)
+            return self._post(self._chosen(path, message.head), message, connection)
         if method == "GET":
-            return self._get(path)
+            return self._get(path, message.head)
         if method == "OPTIONS":
             return Answer(204, TEXT, (), [_ALLOW])
         text = f"no {method} here: GET gives metadata, POST calls the model\n"
         return Answer(405, TEXT, (text.encode(),), [_ALLOW])
 
-    def begin(self, run: Run, connection: Connection) -> Answer | None:
-        """Set out on a run whose answer goes to a connection; its answer, if that is there at once."""
+    def begin(self, run: Run, connection: Connection, copy_to: Version | None = None) -> Answer | None:
+        """Set out on a run whose answer goes to a connection; its answer, if that is there at once.
+
+        A version in `copy_to` gets the same request, and nobody gets its answer.
+        """
+        if copy_to is not None:
+            mirror(run, copy_to)
         answer = run.version.begin(run)
         if answer is None:
             connection.run = run
         return answer
 
-    def _get(self, path: str) -> Answer:
+    def _get(self, path: str, head: http1.Head) -> Answer:
         if path == "/" and self.catalog.only is None:
             listed = [{"Name": name, "Path": f"/{name}"} for name in self.catalog.models]
             return Answer(200, JSON, (json.dumps({"Models": listed}, indent=4).encode(),))
-        return Answer(200, JSON, (self._version(path).metadata_json,))
+        return Answer(200, JSON, (self._chosen(path, head).version.metadata_json,))
 
-    def _version(self, path: str) -> Version:
+    def _chosen(self, path: str, head: http1.Head) -> Chosen:
         model, version = self.catalog.find(path)
-        return model.version(version)
+        return model.choose(version, head.headers)
 
     def _control(self, verb: str, method: str, message: http1.Message, connection: Connection) -> Answer:
         if verb == "is_ready":
@@ -155,8 +161,8 @@ class Front:
 
     # inference
 
-    def _post(self, version: Version, message: http1.Message, connection: Connection) -> Answer | None:
-        deadline = deadline_of(message.head)
+    def _post(self, chosen: Chosen, message: http1.Message, connection: Connection) -> Answer | None:
+        version, deadline = chosen.version, deadline_of(message.head)
         request = graphpipe.decode_request(message.body)
         if isinstance(request, graphpipe.MetadataRequest):
             return Answer(200, BINARY, (version.metadata,))
@@ -170,7 +176,25 @@ class Front:
             version, arrays, wanted,
             config=request.config, deadline=deadline, write=_write, done=connection.finish,
         )  # fmt: skip
-        return self.begin(run, connection)
+        return self.begin(run, connection, chosen.copy_to)
+
+
+def mirror(run: Run, version: Version) -> None:
+    """Let another version have the same request: what fails there is counted there, and hurts nobody."""
+    with contextlib.suppress(Exception):
+        arrays = version.signature.view_inputs(run.call.arrays)
+        wanted = version.signature.select_outputs(run.call.names)
+        version.begin(
+            Run(version, arrays, wanted, config=run.call.config, deadline=run.deadline, write=_dropped, done=_drop)
+        )
+
+
+def _dropped(results: dict[str, Array]) -> Answer:
+    return Answer(200, TEXT, ())
+
+
+def _drop(outcome: Answer | BaseException) -> None:
+    pass
 
 
 def _text(status: int, text: str) -> Answer:

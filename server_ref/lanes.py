@@ -28,10 +28,15 @@ log = logging.getLogger("server_ref")
 
 @dataclass(frozen=True)
 class QueueLimits:
-    """How many requests of one model may wait, and how many bytes their inputs may take; more are refused at once."""
+    """How many requests of one model may wait, how many bytes their inputs may take, and how long; more is refused.
+
+    `max_request_bytes` is for the inputs of one request; 0: no other limit than that of its body.
+    """
 
     max_requests: int = 1024
     max_bytes: int = 1 << 30
+    timeout_s: float = math.inf
+    max_request_bytes: int = 0
 
 
 class Pending:
@@ -146,6 +151,7 @@ class Lanes(Generic[P]):
             ModelUnavailable: it is stopped.
         """
         pending.arrived_at = time.monotonic()
+        pending.due_at = min(pending.due_at, pending.arrived_at + self.limits.timeout_s)
         with self._lock:
             self._admit(pending)
             self._queue.add(pending, pending.priority)

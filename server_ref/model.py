@@ -127,6 +127,7 @@ class Version:
         run.arrived_at = time.monotonic()
         self.stats.began(run.payload_bytes)
         try:
+            self._check_size(run)
             if self.ainfer is not None:
                 self._await(run, self._loop)
                 return None
@@ -137,6 +138,14 @@ class Version:
             self._count(run, error)
             raise
         return None
+
+    def _check_size(self, run: Run) -> None:
+        most = self.limits.max_request_bytes
+        if most and run.payload_bytes > most:
+            raise FramingError(
+                f"the inputs take {run.payload_bytes} bytes: expected at most {most} for model '{self.name}'",
+                status=413,
+            )
 
     def _now(self, run: Run) -> Answer:
         outcome: Answer | BaseException = self.instances.run_here(run)

@@ -101,6 +101,10 @@ class Routes:
         object.__setattr__(self, "_ready", _Ranges(there))
         object.__setattr__(self, "_latest", ready[-1] if ready else None)
 
+    def knows(self, name: str) -> bool:
+        """Whether it is a version or a label of the model."""
+        return name in self.versions or name in self.labels
+
     # ----------------------------------------------------------------------- choosing
 
     def choose(

@@ -179,7 +179,7 @@ def test_c25_several_models_answer_under_their_name_and_version(several: str, pa
     [
         ("/", "there are /double, /triple, /plain; append one"),
         ("/dubble", "did you mean '/double'?"),
-        ("/double/2", "no version '2' of model 'double': there is '1'"),
+        ("/double/2", "model 'double' has no version '2'"),
         ("/nothing", "no model '/nothing'"),
     ],
 )

@@ -55,8 +55,8 @@ ROOMS = {
         ("__main__",),
     ),
     "server_ref": (
-        ("answer", "batching", "stacking", "stats"),
-        ("lanes",),
+        ("answer", "batching", "settings", "stacking", "stats"),
+        ("lanes", "routing"),
         ("instances",),
         ("model",),
         ("catalog", "connection"),
