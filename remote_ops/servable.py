@@ -284,14 +284,15 @@ def _tf_model() -> type[Servable]:
 
 
 # The kinds of model file: a new one is a line here and a function above. A folder may only be a SavedModel.
-_SAVED_MODEL = "saved_model.pb"
+SAVED_MODEL = "saved_model.pb"
 _KINDS: dict[str, Callable[[], type[Servable]]] = {
     ".onnx": _onnx_model,
     **dict.fromkeys((".pt2", ".pt", ".pth", ".jit"), _torch_model),
     **dict.fromkeys((".pb", ".keras", ".h5"), _tf_model),
 }
+MODEL_FILES = tuple(_KINDS)
 _SUPPORTED = (
-    f"a file ending in {', '.join(_KINDS)} or .yaml, a folder with a {_SAVED_MODEL}, 'package.module:thing', or a URL"
+    f"a file ending in {', '.join(_KINDS)} or .yaml, a folder with a {SAVED_MODEL}, 'package.module:thing', or a URL"
 )
 _OBJECT = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<thing>[^\W\d]\w*(\.[^\W\d]\w*)*)")
 
@@ -386,7 +387,7 @@ def _require_file(path: Path) -> None:
         close = difflib.get_close_matches(path.name, near, n=1)
         hint = f"did you mean '{path.parent / close[0]}'?" if close else f"expected {_SUPPORTED}"
         raise SpecError(f"no such model '{path}'; {hint}")
-    if not (path / _SAVED_MODEL).is_file() if path.is_dir() else path.suffix.lower() not in _KINDS:
+    if not (path / SAVED_MODEL).is_file() if path.is_dir() else path.suffix.lower() not in _KINDS:
         kind = "a folder without one" if path.is_dir() else f"a file ending in '{path.suffix}'"
         raise SpecError(f"cannot load '{path}': expected {_SUPPORTED}, got {kind}")
 
