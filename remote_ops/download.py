@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, unquote, urldefrag, urlsplit
 from remote_ops.errors import BadStatus, ConnectError, ConnectionLost, SpecError, TransportError
 
 if TYPE_CHECKING:
-    from requests import RequestException, Response
+    from requests import RequestException, Response, Session
 
 __all__ = ["cache_folder", "check_sha256", "fetch"]
 
@@ -34,6 +34,7 @@ def fetch(
     max_bytes: int = MAX_BYTES,
     connect_timeout_s: float = 10.0,
     read_timeout_s: float = 60.0,
+    session: Session | None = None,
 ) -> Path:
     """Give the path of a file from the web, downloading it unless it is kept already.
 
@@ -43,6 +44,8 @@ def fetch(
         max_bytes: most bytes to accept, 20 GiB unless said.
         connect_timeout_s: most seconds until there is a connection.
         read_timeout_s: most seconds between two pieces of the body.
+        session: sends the requests, those of redirects included; a plain one unless said. What it raises that is no
+            error of `requests` reaches the caller.
 
     Raises:
         SpecError: no such scheme, no such digest, or the file has another digest; then it is not kept.
@@ -62,7 +65,7 @@ def fetch(
         path.unlink(missing_ok=True)  # another version, or damaged: the pin decides what is fetched now
     try:
         with _new_file(path) as file:
-            got = _receive(url, shown, file, max_bytes, (connect_timeout_s, read_timeout_s))
+            got = _receive(url, shown, file, max_bytes, (connect_timeout_s, read_timeout_s), session)
             if expected not in (None, got):
                 raise _wrong_digest(shown, str(expected), got, "nothing was kept")
     except OSError as error:
@@ -167,13 +170,16 @@ def _new_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def _receive(url: str, shown: str, file: BinaryIO, max_bytes: int, timeouts: tuple[float, float]) -> str:
+def _receive(
+    url: str, shown: str, file: BinaryIO, max_bytes: int, timeouts: tuple[float, float], session: Session | None
+) -> str:
     """Write what the URL answers into `file`, and give its digest."""
     import requests
 
+    get = requests.get if session is None else session.get
     connected = False
     try:
-        with requests.get(url, stream=True, timeout=timeouts, headers={"Accept-Encoding": "identity"}) as response:
+        with get(url, stream=True, timeout=timeouts, headers={"Accept-Encoding": "identity"}) as response:
             connected = True
             length = _check_head(response, url, shown, max_bytes)
             digest = hashlib.sha256()

@@ -21,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import requests
 
 from remote_ops.download import cache_folder, check_sha256, fetch
 from remote_ops.errors import BadStatus, ConnectError, ConnectionLost, SpecError, TransportError
@@ -237,6 +238,29 @@ def test_a_redirect_is_followed_and_kept_under_the_first_address(web: Web) -> No
     assert fetch(f"{web.url}/old.onnx").read_bytes() == BODY
     assert fetch(f"{web.url}/old.onnx").name.endswith("-old.onnx")
     assert web.asked == ["/old.onnx", "/m.onnx"]
+
+
+def test_a_session_that_is_given_sends_every_request_and_may_refuse_one(web: Web, cache: Path) -> None:
+    class Refused(Exception):
+        pass
+
+    class Adapter(requests.adapters.HTTPAdapter):
+        def send(self, request: requests.PreparedRequest, **given: object) -> requests.Response:  # type: ignore[override]
+            sent.append(str(request.path_url))
+            if request.path_url == "/secret":
+                raise Refused
+            return super().send(request, **given)  # type: ignore[arg-type]
+
+    sent: list[str] = []
+    web.routes["/moved"] = answer(b"", status=302, headers={"Location": "/secret"})
+    with requests.Session() as session:
+        session.mount("http://", Adapter())
+        fetch(f"{web.url}/m.onnx", session=session)
+        with pytest.raises(Refused):
+            fetch(f"{web.url}/moved", session=session)
+    assert sent == ["/m.onnx", "/moved", "/secret"]
+    assert web.asked == ["/m.onnx", "/moved"]
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_a_redirect_to_a_file_or_another_scheme_is_an_error(web: Web, cache: Path) -> None:
