@@ -173,8 +173,7 @@ class Queue(Generic[W]):
     def overdue(self, now: float) -> list[W]:
         """Give up those whose time has passed."""
         late = [waiting for waiting in self if waiting.due_at <= now]
-        for waiting in late:
-            self.remove(waiting)
+        self._drop(late)
         return late
 
     def take(self, *, now: float, run_s: float = 0.0) -> tuple[list[W], float]:

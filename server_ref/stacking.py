@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from remote_ops.errors import DeadlineExceeded, ModelUnavailable, Overloaded, SignatureError, TransportError
+from remote_ops.errors import BadStatus, DeadlineExceeded, ModelUnavailable, Overloaded, SignatureError, TransportError
 from remote_ops.signature import Signature, TensorSpec
 
-__all__ = ["Call", "group_of", "infer_together", "rows_of"]
+__all__ = ["Call", "group_of", "infer_apart", "infer_together", "rows_of"]
 
 Array = npt.NDArray[Any]
 Outcome: TypeAlias = "Mapping[str, Array] | BaseException"
@@ -46,7 +46,8 @@ def group_of(signature: Signature, call: Call, wanted: Sequence[TensorSpec]) -> 
 
     It must have rows, and each input and output that it names must leave the size of axis 0 open.
     """
-    if not rows_of(call.arrays) or not all(map(_has_rows, (*signature.inputs, *wanted))):
+    told = [spec for spec in signature.outputs if f"cotangent:{spec.name}" in call.arrays]
+    if not rows_of(call.arrays) or not all(map(_has_rows, (*signature.inputs, *wanted, *told))):
         return None
     forms = tuple([(name, array.dtype, array.shape[1:]) for name, array in call.arrays.items()])
     return call.config, tuple(call.names), forms
@@ -57,6 +58,14 @@ def _has_rows(spec: TensorSpec) -> bool:
 
 
 Infer: TypeAlias = Callable[[Call], Mapping[str, Array]]
+
+
+def infer_apart(call: Call, infer: Infer) -> Outcome:
+    """Serve one call as it is, for a model whose rows may depend on each other; gives what it failed with, if so."""
+    try:
+        return infer(call)
+    except BaseException as error:
+        return error
 
 
 def infer_together(calls: Sequence[Call], infer: Infer, *, padded_rows: Callable[[int], int] = int) -> list[Outcome]:
@@ -70,6 +79,7 @@ def infer_together(calls: Sequence[Call], infer: Infer, *, padded_rows: Callable
     Returns:
         For each call its outputs, each `(rows_i, *item)`, or what it failed with. A batch that fails is halved until
         the calls that are at fault are alone. A call that is alone and runs out of memory is halved once by its rows.
+        What is known to fail whoever is in the batch, such as a server out of reach, is not tried in parts.
 
     Copies each input once, and outputs not at all: they are views into those of the batch.
     """
@@ -77,14 +87,20 @@ def infer_together(calls: Sequence[Call], infer: Infer, *, padded_rows: Callable
         return [_infer_alone(calls[0], infer, padded_rows)]
     try:
         return [*_cut(calls, infer(_stacked(calls, padded_rows)), padded_rows)]
-    except _COMMON as error:
-        return [error] * len(calls)
     except _NotByRow:
-        return [_infer_alone(call, infer, padded_rows) for call in calls]
-    except BaseException:
+        return [infer_apart(call, infer) for call in calls]
+    except BaseException as error:
+        if _is_common(error):
+            return [error] * len(calls)
         middle = len(calls) // 2
         halves = (calls[:middle], calls[middle:])
         return [outcome for half in halves for outcome in infer_together(half, infer, padded_rows=padded_rows)]
+
+
+def _is_common(error: BaseException) -> bool:
+    if isinstance(error, BadStatus):  # a server of others that has no better word for a bad request
+        return error.status in (429, 502, 503, 504)
+    return isinstance(error, _COMMON)
 
 
 def _infer_alone(call: Call, infer: Infer, padded_rows: Callable[[int], int]) -> Outcome:
@@ -93,6 +109,8 @@ def _infer_alone(call: Call, infer: Infer, padded_rows: Callable[[int], int]) ->
         if not rows or padded_rows(rows) == rows:
             return infer(call)
         return _cut([call], infer(_stacked([call], padded_rows)), padded_rows)[0]
+    except _NotByRow:
+        return infer_apart(call, infer)
     except BaseException as error:
         return _in_halves(call, infer, padded_rows, error) if is_out_of_memory(error) else error
 
@@ -105,7 +123,9 @@ def _in_halves(call: Call, infer: Infer, padded_rows: Callable[[int], int], erro
     halves = [_part(call, slice(0, rows // 2)), _part(call, slice(rows // 2, rows))]
     try:
         answers = [_cut([half], infer(_stacked([half], padded_rows)), padded_rows)[0] for half in halves]
-    except Exception as again:
+    except _NotByRow:
+        return error
+    except BaseException as again:
         return again
     return {name: np.concatenate([answer[name] for answer in answers]) for name in call.names}
 
