@@ -100,6 +100,11 @@ class Catalog:
         """The model, if there is just one."""
         return next(iter(self.models.values())) if len(self.models) == 1 else None
 
+    @property
+    def ready(self) -> bool:
+        """Whether every version has enough copies that are up."""
+        return all(version.ready for version in self)
+
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Let every version take requests, those that are added later too."""
         self._loop = loop

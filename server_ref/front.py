@@ -144,7 +144,7 @@ class Front:
 
     def _control(self, verb: str, method: str, message: http1.Message, connection: Connection) -> Answer:
         if verb == "is_ready":
-            return _text(200, "ok\n") if self.ready else _text(503, "not ready\n")
+            return _text(200, "ok\n") if self.ready and self.catalog.ready else _text(503, "not ready\n")
         if verb == "is_alive":
             return _text(200, "ok\n") if self.alive else _text(503, "not alive\n")
         if verb == "client_count":

@@ -22,7 +22,7 @@ from remote_ops.servable import Servable
 from remote_ops.signature import Signature, TensorSpec
 from server_ref.batching import Batching
 from server_ref.lanes import Lanes, Pending, QueueLimits, room_for
-from server_ref.stacking import Call, group_of, infer_together, rows_of
+from server_ref.stacking import Call, group_of, infer_apart, infer_together, rows_of
 from server_ref.stats import Stats
 
 __all__ = ["Instances", "Request"]
@@ -94,6 +94,14 @@ class Instances:
             self.name, threads, self._run, self._tell,
             batching=batching, limits=limits, response_timeout_s=response_timeout_s,
         )  # fmt: skip
+        for servable in servables:
+            if hasattr(servable, "watch"):
+                servable.watch(self.lanes.look_again)
+
+    @property
+    def healthy(self) -> int:
+        """How many of the copies can take a call: they are up, and do not hang."""
+        return self.lanes.healthy_servables
 
     @property
     def signature(self) -> Signature:
@@ -243,7 +251,10 @@ class Instances:
 
         if ready:
             calls = [batch[index].call for index in ready]
-            found = infer_together(calls, infer, padded_rows=self.lanes.batching.padded)
+            if batch[0].group is None:
+                found = [infer_apart(call, infer) for call in calls]
+            else:
+                found = infer_together(calls, infer, padded_rows=self.lanes.batching.padded)
             for index, outcome in zip(ready, found, strict=True):
                 outcomes[index] = outcome
         computed_s = time.perf_counter() - began

@@ -58,10 +58,39 @@ P = TypeVar("P", bound=Pending)
 
 
 @dataclass(eq=False)
+class _Seat:
+    """One place at an instance: how many threads hang there now, and from when another may sit down."""
+
+    servable: Any
+    hung: int = 0
+    free_at: float = math.inf
+
+    def lost(self, now: float) -> None:
+        """One more hangs: the first is replaced at once, the next later and later, and too many not at all."""
+        self.hung += 1
+        self._wait(now)
+
+    def returned(self, now: float) -> None:
+        """One that hung came back."""
+        self.hung -= 1
+        if self.free_at == math.inf and self.hung == _MOST_HUNG - 1:
+            self._wait(now)
+
+    def _wait(self, now: float) -> None:
+        wait_s = min(_MOST_WAIT_S, _WAIT_S * 2.0 ** (self.hung - 2)) if self.hung > 1 else 0.0
+        self.free_at = now + wait_s if self.hung < _MOST_HUNG else math.inf
+
+
+# A thread cannot be ended: each that hangs keeps its memory, and its model busy.
+_MOST_HUNG = 4
+_WAIT_S, _MOST_WAIT_S = 0.1, 30.0
+
+
+@dataclass(eq=False)
 class _Lane(Generic[P]):
     """One thread at one instance: what it is given, and the lock it sleeps on until there is something."""
 
-    servable: Any
+    seat: _Seat
     wake: threading.Lock = field(default_factory=threading.Lock)
     batch: list[P] = field(default_factory=list)
     since: float = math.inf
@@ -76,12 +105,14 @@ class Lanes(Generic[P]):
 
     Args:
         name: of the threads, for whoever looks at a dump.
-        servables: one for each thread: an instance that bears two calls at a time stands there twice.
+        servables: one for each thread: an instance that bears two calls at a time stands there twice. One that has
+            `available` is given nothing while that is false, unless it is so for all.
         run: computes a batch with a servable, on a lane's thread; it must not raise.
         deliver: is given each batch and what `run` made of it, on the lane's thread; what is overdue or lost comes
             with an exception instead.
         batching, limits: the rules of the queue.
-        response_timeout_s: how long a run may take before its requests are given up and its thread is replaced.
+        response_timeout_s: how long a run may take before its requests are given up and its thread is replaced: at
+            once the first time, then after 0.1 s and twice as long each time, until four hang at the same place.
     """
 
     def __init__(
@@ -104,7 +135,9 @@ class Lanes(Generic[P]):
         self._lock = threading.Lock()
         self._queue: Queue[P] = Queue(batching)
         self._queued_bytes = 0
-        self._lanes = [_Lane[P](servable) for servable in servables]
+        self._seats = [_Seat(servable) for servable in servables]
+        self._lanes = [_Lane[P](seat) for seat in self._seats]
+        self._may_be_down = any(hasattr(servable, "available") for servable in servables)
         self._idle: list[_Lane[P]] = []
         self._look_at = math.inf
         self._run_s = 0.0
@@ -114,7 +147,12 @@ class Lanes(Generic[P]):
     @property
     def concurrency(self) -> int:
         """How many batches run at a time."""
-        return len(self._lanes)
+        return len(self._seats)
+
+    @property
+    def healthy_servables(self) -> int:
+        """How many of the servables can take a batch now, or once they have ended another."""
+        return len({id(lane.seat.servable) for lane in tuple(self._lanes) if _is_up(lane)})
 
     @property
     def waiting(self) -> int:
@@ -129,11 +167,11 @@ class Lanes(Generic[P]):
     @property
     def running(self) -> int:
         """How many requests run."""
-        return sum(len(lane.batch) for lane in self._lanes)
+        return sum(len(lane.batch) for lane in tuple(self._lanes))
 
     def start(self) -> None:
         """Start the threads."""
-        for lane in self._lanes:
+        for lane in tuple(self._lanes):
             self._start(lane)
 
     def _start(self, lane: _Lane[P]) -> None:
@@ -158,9 +196,16 @@ class Lanes(Generic[P]):
             self._queued_bytes += pending.payload_bytes
             self._dispatch()
 
+    def look_again(self) -> None:
+        """Hand out what waits; for an instance that is `available` again, or is no more."""
+        with self._lock:
+            self._dispatch()
+
     def _admit(self, pending: P) -> None:
         if self._stopped:
             raise ModelUnavailable(f"model '{self._name}' is no longer served")
+        if not self._lanes and self._abandoned():
+            raise ModelUnavailable(f"every instance of model '{self._name}' hangs: none answers, and none returns")
         waiting, limits = len(self._queue), self.limits
         if self._idle and not waiting:
             return
@@ -188,27 +233,43 @@ class Lanes(Generic[P]):
             return late
 
     def lost(self) -> list[P]:
-        """Give up what runs beyond `response_timeout_s`; each thread that hangs gets a successor."""
+        """Give up what runs beyond `response_timeout_s`, and what waits if all hang; replace the threads that hang."""
         if self.response_timeout_s == math.inf:
             return []
-        limit = time.monotonic() - self.response_timeout_s
+        now = time.monotonic()
         with self._lock:
-            hung = [lane for lane in self._lanes if lane.since < limit]
+            hung = [lane for lane in self._lanes if lane.since < now - self.response_timeout_s]
             for lane in hung:
                 lane.lost = True
+                lane.seat.lost(now)
                 self._lanes.remove(lane)
-            successors = [_Lane[P](lane.servable) for lane in hung]
-            self._lanes += successors
+            successors = self._successors(now)
+            left = self._give_up() if not self._lanes and self._abandoned() else []
         for lane in successors:
             self._start(lane)
-        return [pending for lane in hung for pending in lane.batch]
+        return [pending for lane in hung for pending in lane.batch] + left
+
+    def _successors(self, now: float) -> list[_Lane[P]]:
+        seats = [seat for seat in self._seats if seat.free_at <= now and not self._stopped]
+        for seat in seats:
+            seat.free_at = math.inf
+        successors = [_Lane[P](seat) for seat in seats]
+        self._lanes += successors
+        return successors
+
+    def _abandoned(self) -> bool:
+        """Whether so many threads hang that no other will take their place before one returns."""
+        return all(seat.free_at == math.inf for seat in self._seats)
+
+    def _give_up(self) -> list[P]:
+        self._queued_bytes = 0
+        return self._queue.clear()
 
     def stop(self) -> list[P]:
         """Let the threads end, and give what waited; a run is not interrupted, and what it came to is delivered."""
         with self._lock:
             self._stopped = True
-            left = self._queue.clear()
-            self._queued_bytes = 0
+            left = self._give_up()
             idle, self._idle = self._idle, []
             for lane in idle:
                 self._wake(lane)
@@ -217,16 +278,14 @@ class Lanes(Generic[P]):
     # the threads; a wake-up that comes for nothing is harmless, one too few is not
 
     def _work(self, lane: _Lane[P]) -> None:
-        while True:
+        while lane.batch or not self._stopped:
             lane.wake.acquire(timeout=self._patience())
             with self._lock:
-                if self._stopped:
-                    return
-                if not lane.batch:
+                if not lane.batch and not self._stopped:
                     self._dispatch(awake=lane)
-            while lane.batch:
+            while lane.batch:  # what it was given before the stop is run too: its callers wait
                 self._serve(lane)
-                if lane.lost or self._stopped:
+                if lane.lost:
                     return
 
     def _patience(self) -> float:
@@ -237,10 +296,12 @@ class Lanes(Generic[P]):
     def _serve(self, lane: _Lane[P]) -> None:
         """Run what a lane was given, and give it what comes next before telling what it came to."""
         batch, lane.since = lane.batch, time.monotonic()
-        outcome = self._run(lane.servable, batch)
-        took, lane.since = time.monotonic() - lane.since, math.inf
+        outcome = self._run(lane.seat.servable, batch)
+        now = time.monotonic()
+        took, lane.since = now - lane.since, math.inf
         with self._lock:
             if lane.lost:
+                lane.seat.returned(now)
                 return
             self._run_s = max(took, 0.9 * self._run_s)
             lane.batch = []
@@ -256,6 +317,8 @@ class Lanes(Generic[P]):
         """
         look_at, gave = math.inf, False
         while self._idle and self._queue:
+            if self._may_be_down and not self._bring_forward():
+                break
             batch, look_at = self._queue.take(now=time.monotonic(), run_s=self._run_s)
             if not batch:
                 break
@@ -269,9 +332,22 @@ class Lanes(Generic[P]):
         if look_at < math.inf and unwatched and self._idle[-1] is not awake:
             self._wake(self._idle[-1])
 
+    def _bring_forward(self) -> bool:
+        """Let the next batch go to an instance that is up; False if that is better waited for, as all of them run."""
+        up = next((lane for lane in reversed(self._idle) if _is_up(lane)), None)
+        if up is None:
+            return not any(map(_is_up, self._lanes))  # else whoever is first fails at once, and says why
+        self._idle.remove(up)
+        self._idle.append(up)
+        return True
+
     def _wake(self, lane: _Lane[P]) -> None:
         if lane.wake.locked():  # else it is about to wake; nobody unlocks it without `_lock`
             lane.wake.release()
+
+
+def _is_up(lane: _Lane[Any]) -> bool:
+    return bool(getattr(lane.seat.servable, "available", True))
 
 
 def room_for(servable: Any) -> int:

@@ -54,6 +54,7 @@ class Version:
         servables: one or more copies of it, equal in signature.
         version: its name among the versions of the model; that of the signature unless given.
         batching, limits, response_timeout_s: as in `Instances`.
+        least_healthy: how many of the copies must be up for the version to be ready.
         awaited: a servable with `ainfer` to call instead of the copies, such as a cache around them; unless given, a
             lone copy that has `ainfer` is awaited itself, if it is not batched.
     """
@@ -67,6 +68,7 @@ class Version:
         batching: Batching = Batching(),  # noqa: B008 (immutable)
         limits: QueueLimits = QueueLimits(),  # noqa: B008 (immutable)
         response_timeout_s: float = math.inf,
+        least_healthy: int = 1,
         awaited: Callable[[Instances], Servable] | None = None,
     ) -> None:
         self.name = name
@@ -74,6 +76,7 @@ class Version:
         self.signature = _served_signature(name, self.servable.signature)
         self.version = version or self.signature.version
         self.limits = limits
+        self.least_healthy = least_healthy
         self.stats = Stats()
         self.metadata = graphpipe.encode_metadata(self.signature)
         self.metadata_json = json.dumps(_json_metadata(self.signature), indent=4).encode()
@@ -106,6 +109,11 @@ class Version:
     def sweep(self) -> None:
         """Give up what has waited or run too long; call it now and then."""
         self.instances.sweep()
+
+    @property
+    def ready(self) -> bool:
+        """Whether enough of its copies are up to take requests."""
+        return self.instances.healthy >= self.least_healthy
 
     @property
     def pending(self) -> int:
