@@ -55,8 +55,8 @@ ROOMS = {
         ("__main__",),
     ),
     "server_ref": (
-        ("answer", "batching", "isolation", "settings", "stacking", "stats"),
-        ("lanes", "routing"),
+        ("answer", "batching", "isolation", "settings", "sources", "stacking", "stats"),
+        ("folder", "lanes", "routing"),
         ("instances",),
         ("model",),
         ("catalog", "connection"),
