@@ -170,15 +170,17 @@ def test_a_ramp_moves_only_the_keys_that_it_must() -> None:
     assert set(before) == {"2"}
 
 
-def test_only_the_keys_of_a_version_that_is_not_ready_move_and_they_come_back() -> None:
-    keys, by = KEYS[:20_000], routes("1", "2", "3", weights={"1": 50, "2": 30, "3": 20})
-    before = split(by, keys)
-    without = split(by.with_ready("123", "13"), keys)
-    assert all(old == new for old, new in zip(before, without, strict=True) if old != "2")
-    moved = Counter(new for old, new in zip(before, without, strict=True) if old == "2")
-    assert set(moved) == {"1", "3"}
-    assert abs(moved["1"] / moved.total() - 50 / 70) < 0.03  # in proportion to the weights that are left
-    assert split(by.with_ready("123", "13").with_ready("123", "123"), keys) == before
+@pytest.mark.parametrize("gone", ["1", "2", "3"])
+def test_only_the_keys_of_a_version_that_is_not_ready_move_and_they_come_back(gone: str) -> None:
+    weights = {"1": 50.0, "2": 30.0, "3": 20.0}
+    keys, by = KEYS[:20_000], routes("1", "2", "3", weights=weights)
+    before, less = split(by, keys), by.with_ready(weights, weights.keys() - {gone})
+    without = split(less, keys)
+    assert all(old == new for old, new in zip(before, without, strict=True) if old != gone)
+    moved = Counter(new for old, new in zip(before, without, strict=True) if old == gone)
+    for left in weights.keys() - {gone}:  # in proportion to the weights that are left
+        assert abs(moved[left] / moved.total() - weights[left] / (100 - weights[gone])) < 0.03
+    assert split(less.with_ready(weights, weights), keys) == before
 
 
 def test_without_a_key_the_number_that_is_given_decides() -> None:
