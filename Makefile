@@ -30,7 +30,7 @@ $(VENV)/.run: pyproject.toml constraints.txt requirements-models.txt
 
 $(VENV)/.dev: $(VENV)/.run requirements-dev.txt requirements-peers.txt
 	@echo "== adding to $(VENV) what the tests and checks need"
-	@$(PIP) -c constraints.txt -r requirements-dev.txt -e '.[torch,tf-cpu,onnx,ensemble,ready,server]'
+	@$(PIP) -c constraints.txt -r requirements-dev.txt -e '.[torch,tf-cpu,onnx,ensemble,ready,server,cache]'
 	@$(PIP) --no-deps -r requirements-peers.txt
 	@touch $@
 

@@ -89,6 +89,7 @@ OWNERS = {
     "onnxruntime": ("remote_ops/onnx.py",),
     "opentelemetry": ("remote_ops/telemetry.py",),
     "networkx": ("ensemble/graph.py",),
+    "lmdb": ("server_ref/rowdisk.py",),
     "yaml": ("ensemble/document.py",),
     **dict.fromkeys(
         ("pydantic", "pydantic_core"),
@@ -226,6 +227,7 @@ def test_every_package_is_read(package: str) -> None:
         ("remote_ops/torch/export.py", "import tensorflow as tf", "imported only in remote_ops/tf/"),
         ("ensemble/nodes/model.py", "import onnxruntime", "imported only in remote_ops/onnx.py"),
         ("ensemble/plot.py", "import networkx", "imported only in ensemble/graph.py"),
+        ("server_ref/cache.py", "import lmdb", "imported only in server_ref/rowdisk.py"),
         ("remote_ops/policy.py", "from time import monotonic", "is pure and may not import time"),
         ("remote_ops/graphpipe.py", "import socket", "is pure and may not import socket"),
         ("remote_ops/oip.py", "import asyncio.streams", "is pure and may not import asyncio"),
