@@ -15,8 +15,11 @@ from urllib.parse import urlsplit
 import remote_ops
 from remote_ops import http1
 from remote_ops.errors import RemoteOpsError, SpecError
-from remote_ops.servable import Servable, load
 from server_ref.lifecycle import Listen, serve
+from server_ref.model import Version
+from server_ref.opening import Source, open_version
+from server_ref.progress import progress_on
+from server_ref.settings import Batching, Cache, Instances, ModelSettings, read_settings
 
 __all__ = ["main"]
 
@@ -59,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.value_inputs:
             _check_value_inputs(args.value_inputs, models)
         limits = http1.Limits(max_body_bytes=args.max_body_mb << 20)
-        return serve(models, args.listen, limits=limits, grace_s=args.drain_grace_s, exit_timeout_s=args.exit_timeout_s)
+        return serve(
+            models, args.listen, folder=args.folder, watch_s=args.watch, device=_device(args), limits=limits,
+            grace_s=args.drain_grace_s, exit_timeout_s=args.exit_timeout_s, told=progress_on(sys.stderr),
+        )  # fmt: skip
     except (RemoteOpsError, ImportError) as error:
         print(f"server_ref: {error}", file=sys.stderr)
         return 2
@@ -73,6 +79,10 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
         "GP_ENGINE_COUNT.",
     )
     add = parser.add_argument
+    add("folder", nargs="?", metavar="FOLDER",
+        help="a folder of models: NAME.onnx, NAME/VERSION/model.onnx and others, each at /NAME")  # fmt: skip
+    add("--watch", nargs="?", type=float, const=2.0, default=0.0, metavar="SECONDS",
+        help="follow what changes in FOLDER, looking every so many seconds (2 if no number is given)")  # fmt: skip
     add("-m", "--model", action="append", metavar="[NAME=]WHAT",
         help="a model file, a URL of one, the folder of a SavedModel, or package.module:thing; repeat for several, "
         "each at /NAME")  # fmt: skip
@@ -86,6 +96,12 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     add("--input", action="append", metavar="SPEC",
         help="what a torch module takes, as 'x: float32 [-1, 1024]'; repeat")  # fmt: skip
     add("--output", action="append", metavar="SPEC", help="what it returns, if a run on zeros cannot tell; repeat")
+    add("--settings", metavar="FILE", help="a model.yaml for the models of --model")
+    add("--instances", type=int, metavar="N", help="copies of each model of --model")
+    add("--max-rows", type=int, metavar="N", help="serve waiting requests together, in batches of up to N rows")
+    add("--max-delay-ms", type=float, metavar="MS",
+        help="with --max-rows: how long a request may wait for others while the model is idle")  # fmt: skip
+    add("--isolate", action="store_true", help="run each copy in a process of its own, which may crash alone")
     add("--signature", metavar="NAME", help="which signature of a SavedModel (default: serving_default)")
     add("--sha256", help="what a downloaded model must hash to")
     add("--max-body-mb", type=int, default=1024, help="largest request in MiB (default: %(default)s)")
@@ -107,7 +123,7 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     old.add_argument("--init-net", default=env.get("GP_INIT_NET"), help=argparse.SUPPRESS)
     old.add_argument("--predict-net", default=env.get("GP_PREDICT_NET"), help=argparse.SUPPRESS)
     old.add_argument("-c", "--cache", action="store_true", default=env.get("GP_CACHE", "").lower() in ("1", "true"),
-                     help="row cache; not in this version, and ignored")  # fmt: skip
+                     help="answer rows that were computed before; on disk if there is a --cache-dir")  # fmt: skip
     variables = {"--inputs": env.get("GP_INPUTS") or None, "--outputs": env.get("GP_OUTPUTS") or None}
     parser.set_defaults(env_model=env.get("GP_MODEL"), variables=variables)
     return parser
@@ -130,8 +146,6 @@ def _check_old_flags(args: argparse.Namespace) -> None:
         )
     if args.engine_count is not None and not 0 <= args.engine_count <= 32:
         raise SpecError(f"expected 0 to 32, got {args.engine_count}", path="--engine-count")
-    if args.cache:
-        print("server_ref: --cache: this version has no row cache; serving without", file=sys.stderr)
     if args.cache_dir:
         os.environ["REMOTE_OPS_CACHE"] = args.cache_dir
 
@@ -141,25 +155,56 @@ def _warn_if_open(listen: str) -> None:
         print(f"server_ref: {listen} can be reached from other machines, and nothing asks who calls", file=sys.stderr)
 
 
-def _load_all(args: argparse.Namespace) -> dict[str, Servable]:
-    whats = args.model or ([args.env_model] if args.env_model else [])
-    if not whats:
-        raise SpecError("no model: expected --model WHAT, or GP_MODEL", path="--model")
+def _load_all(args: argparse.Namespace) -> dict[str, Version]:
+    whats = args.model or ([args.env_model] if args.env_model and not args.folder else [])
+    if not whats and not args.folder:
+        raise SpecError("no model: expected a FOLDER, --model WHAT, or GP_MODEL", path="--model")
     _check_options(whats, args)
-    models: dict[str, Servable] = {}
+    settings = _settings(args)
+    models: dict[str, Version] = {}
     for what in whats:
-        name, servable = _load(what, args)
-        if name in models:
-            raise SpecError(f"two models are called '{name}': name them, as in --model {name}2={what}", path="--model")
-        models[name] = servable
+        source = _source(what, args, settings)
+        if source.name in models:
+            hint = f"name them, as in --model {source.name}2={what}"
+            raise SpecError(f"two models are called '{source.name}': {hint}", path="--model")
+        models[source.name] = open_version(source)
     return models
 
 
-def _load(what: str, args: argparse.Namespace) -> tuple[str, Servable]:
+def _source(what: str, args: argparse.Namespace, settings: ModelSettings) -> Source:
     name, what = _split(what)
-    device = "cpu" if args.disable_cuda else args.device
-    servable = load(what, sha256=args.sha256, device=device, **_options(what, args))
-    return name or _name_of(what), _limited(servable, args.engine_count)
+    options = {"sha256": args.sha256, **_options(what, args)}
+    name = name or _name_of(what)
+    if settings.cache is not None and args.cache_dir:
+        path = str(Path(args.cache_dir) / "rows" / name)
+        settings = settings.model_copy(update={"cache": settings.cache.model_copy(update={"path": path})})
+    return Source(name, "", what, settings, device=_device(args), options=options, concurrency=args.engine_count or 0)
+
+
+def _device(args: argparse.Namespace) -> str:
+    return "cpu" if args.disable_cuda else str(args.device)
+
+
+def _settings(args: argparse.Namespace) -> ModelSettings:
+    """What the flags say of every model of `--model`, over what the file of `--settings` does."""
+    said: dict[str, Any] = {}
+    if args.max_delay_ms is not None and args.max_rows is None:
+        raise SpecError(
+            "expected --max-rows with it: without, every request is served by itself", path="--max-delay-ms"
+        )
+    try:
+        if args.instances is not None:
+            said["instances"] = Instances(count=args.instances)
+        if args.max_rows is not None:
+            said["batching"] = Batching(max_rows=args.max_rows, max_delay_ms=args.max_delay_ms or 0.0)
+    except ValueError as error:
+        raise SpecError(str(error), path="--instances, --max-rows, --max-delay-ms") from error
+    if args.isolate:
+        said["isolate"] = "process"
+    if args.cache:
+        said["cache"] = Cache()
+    settings = read_settings(args.settings) if args.settings else ModelSettings()
+    return settings.model_copy(update=said)
 
 
 def _split(what: str) -> tuple[str, str]:
@@ -200,21 +245,15 @@ def _name_of(what: str) -> str:
     return plain.rpartition(":")[2] if ":" in plain else Path(plain).stem
 
 
-def _limited(servable: Servable, engine_count: int | None) -> Servable:
-    if engine_count:
-        servable.concurrency = engine_count  # type: ignore[attr-defined]  # what `instances.room_for` reads
-    return servable
-
-
-def _check_value_inputs(path: str, models: Mapping[str, Servable]) -> None:
+def _check_value_inputs(path: str, models: Mapping[str, Version]) -> None:
     """Check the shapes that the 2018 ONNX server had to be told: ours reads them from the model."""
     try:
         declared = json.loads(Path(path).read_text())
         entries = {name: (_CAFFE2_TYPES[int(dtype)], tuple(dims)) for name, (dtype, dims) in declared.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SpecError(f'expected {{"name": [dtype, [dims]]}}, got {error}', path=path) from error
-    for model, servable in models.items():
-        specs = {spec.name: spec for spec in servable.signature.inputs}
+    for model, version in models.items():
+        specs = {spec.name: spec for spec in version.signature.inputs}
         for name, (dtype, dims) in entries.items():
             spec = specs.get(name)
             if spec is None or spec.dtype != dtype or not spec.accepts_shape(dims):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -29,13 +29,14 @@ class Chosen(NamedTuple):
 class Model:
     """One model: its versions by name, and how requests are split between them.
 
-    `sticky` is the header, in small letters, whose value keeps a caller with a version; none if empty. `is_routed`
-    once labels and weights have been set.
+    `known` are versions that are to be served, or could be, ready or not. `sticky` is the header, in small letters,
+    whose value keeps a caller with a version; none if empty. `is_routed` once labels and weights have been set.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.versions: dict[str, Version] = {}
+        self.known: tuple[str, ...] = ()
         self.routes = Routes(name, (), frozenset())
         self.sticky = ""
         self.is_routed = False
@@ -61,6 +62,11 @@ class Model:
         """The version that answers a request which no header decides about."""
         return self.choose(asked).version
 
+    def know(self, versions: Iterable[str]) -> None:
+        """Take note of the versions that there could be."""
+        self.known = tuple(versions)
+        self._reroute()
+
     def add(self, version: Version) -> Version | None:
         """Serve a version; gives the one that it replaces."""
         before = self.versions.get(version.version)
@@ -75,7 +81,7 @@ class Model:
         return removed
 
     def _reroute(self) -> None:
-        self.routes = self.routes.with_ready(self.versions, self.versions)
+        self.routes = self.routes.with_ready({*self.known, *self.versions}, self.versions)
 
 
 class Catalog:
@@ -121,6 +127,23 @@ class Catalog:
         for version in self:
             version.sweep()
 
+    @property
+    def calls_others(self) -> bool:
+        """Whether a request is under way at a version that calls other models."""
+        return any(version.pending for version in self if version.calls_others)
+
+    def refuse_callers(self) -> None:
+        """Take no more requests for versions that call other models, so that those can be closed after them."""
+        for version in self:
+            version.closed = version.calls_others
+
+    def know(self, name: str, versions: Iterable[str]) -> None:
+        """Take note of the versions that a model could have: who asks for one too early hears that it is not ready."""
+        model = self.models.setdefault(name, Model(name))
+        model.know(versions)
+        if not model.versions and not model.known:
+            del self.models[name]
+
     def add(self, name: str, version: Version) -> Version | None:
         """Serve a version from now on; gives the one that it replaces, which its caller stops when it is done."""
         before = self.models.setdefault(name, Model(name)).add(version)
@@ -132,7 +155,7 @@ class Catalog:
         """Serve a version no more; gives it, and its caller stops it when it is done."""
         model = self.models[name]
         removed = model.remove(version)
-        if not model.versions:
+        if not model.versions and not model.known:
             del self.models[name]
         return removed
 

@@ -18,19 +18,27 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
 from urllib.parse import quote
 
 from remote_ops import http1
 from remote_ops.connection import new_loop
-from remote_ops.errors import SpecError
+from remote_ops.errors import RemoteOpsError, SpecError
 from remote_ops.servable import Servable
 from server_ref.connection import Timeouts
+from server_ref.folder import Scan, scan
 from server_ref.front import Front
 from server_ref.model import Version
+from server_ref.repository import Repository, Told
+from server_ref.watch import Watch, sources_in
 
 __all__ = ["Server", "running", "serve"]
 
 _BACKLOG = 1024
+_RESERVED = ("", "control", "v1", "v2")  # what paths begin with that name no model
+
+Models: TypeAlias = "Mapping[str, Servable | Version] | str | os.PathLike[str]"
 
 
 @dataclass(frozen=True)
@@ -63,37 +71,55 @@ class Listen:
 
 
 class Server:
-    """A front with its listeners, on the running loop.
+    """A front with its listeners and its models, on the running loop.
 
     Args:
-        models: name -> servable.
+        models: name -> servable, or the folder of a repository.
         listen: where; see `Listen.parse`.
+        folder: a folder of models besides.
+        watch_s: seconds between two looks at the folder; 0: it is looked at once.
+        device: where models of the folder run, unless their settings say.
+        told: is told how far loading is.
         tls: makes it https.
         limits, timeouts: as in `front`.
     """
 
     def __init__(
         self,
-        models: Mapping[str, Servable | Version],
+        models: Models,
         listen: str = "127.0.0.1:0",
         *,
         tls: ssl.SSLContext | None = None,
         limits: http1.Limits = http1.Limits(),  # noqa: B008 (immutable)
         timeouts: Timeouts = Timeouts(),  # noqa: B008 (immutable)
         on_shutdown: Callable[[], None] | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        watch_s: float = 0.0,
+        device: str = "auto",
+        told: Told | None = None,
     ) -> None:
-        if not models:
+        if isinstance(models, str | os.PathLike):
+            folder, models = models, {}
+        self._folder = None if folder is None else Path(folder)
+        self._seen = Scan() if self._folder is None else scan(self._folder)
+        sources = sources_in(self._seen, device=device)
+        if not models and not sources:
             raise SpecError("a server needs at least one model: got none", path="models")
         self.listen = Listen.parse(listen)
         if tls is not None and self.listen.unix_path:
             raise SpecError("a unix socket takes no TLS: only this machine can reach it", path="tls")
-        for name in models:
-            if len(models) > 1 and ("/" in name or name in ("", "control")):
+        names = {*models, *(source.name for source in sources)}
+        for name in names:
+            if len(names) > 1 and ("/" in name or name in _RESERVED):
                 raise SpecError(f"no model can be called {name!r}: its name is its path", path="models")
         self.front = Front(models, limits=limits, timeouts=timeouts, on_shutdown=on_shutdown)
+        self.repository = Repository(self.front.catalog, told=told)
         self.url = ""
         self._tls = tls
         self._listener: asyncio.AbstractServer | None = None
+        self._sources = sources
+        self._watch_s, self._device = watch_s, device
+        self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Listen and be ready.
@@ -124,6 +150,26 @@ class Server:
             place = where.unix_path or f"{where.host}:{where.port}"
             raise SpecError(f"cannot listen on {place}: {reason}", path="listen") from error
         self.front.start(loop)
+        self.front.ready = not self._sources
+
+    async def load(self) -> None:
+        """Open what is to be served, and be ready; then follow the folder, if that is wanted.
+
+        Raises:
+            SpecError: some of it cannot be opened; has a line for each.
+        """
+        faults = []
+        for source in self.repository.declare(self._sources):
+            try:
+                await self.repository.open(source)
+            except (RemoteOpsError, ImportError) as error:
+                faults.append(f"model '{source.name}': {error}")
+        if faults:
+            raise SpecError("\n".join(faults) if len(faults) == 1 else f"{len(faults)} models:\n" + "\n".join(faults))
+        self.front.ready = True
+        if self._watch_s and self._folder is not None:
+            watch = Watch(self._folder, self.repository, self._seen.found, every_s=self._watch_s, device=self._device)
+            self._watching = asyncio.get_running_loop().create_task(watch.run())
 
     async def drain(self, *, grace_s: float, exit_timeout_s: float) -> bool:
         """Stop without losing a request: not ready at once, `grace_s` of further service, then finish what runs.
@@ -138,13 +184,17 @@ class Server:
         self.front.ready = False
         self.front.draining = True  # every answer from now on asks its client to connect anew, elsewhere
         await asyncio.sleep(grace_s)
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + exit_timeout_s
+        # What calls other models may call those of this server: they are let in until it is done.
+        self.front.catalog.refuse_callers()
+        while self.front.catalog.calls_others and loop.time() < give_up:
+            await asyncio.sleep(0.01)
         for _ in range(3):  # whoever has connected already is let in: closing the listener would reset them
             await asyncio.sleep(0)
         if self._listener is not None:
             self._listener.close()
         self.front.close_idle()
-        loop = asyncio.get_running_loop()
-        give_up = loop.time() + exit_timeout_s
         while self.front.in_flight and loop.time() < give_up:
             await asyncio.sleep(0.01)
         finished = not self.front.in_flight
@@ -156,6 +206,8 @@ class Server:
 
     def close(self) -> None:
         """Stop at once."""
+        if self._watching is not None:
+            self._watching.cancel()
         if self._listener is not None:
             self._listener.close()
             self._listener = None
@@ -193,20 +245,24 @@ def _remove_stale(path: str) -> None:
 
 @contextlib.contextmanager
 def running(
-    models: Mapping[str, Servable | Version],
+    models: Models,
     listen: str = "127.0.0.1:0",
     *,
     tls: ssl.SSLContext | None = None,
     limits: http1.Limits = http1.Limits(),  # noqa: B008 (immutable)
     timeouts: Timeouts = Timeouts(),  # noqa: B008 (immutable)
+    watch_s: float = 0.0,
+    device: str = "auto",
 ) -> Iterator[str]:
     """Serve `models` from a background thread while the block runs; for tests and notebooks.
 
     Args:
-        models: name -> servable.
+        models: name -> servable, or the folder of a repository.
         listen: where; a free port of the loopback address unless said.
         tls: makes it https.
         limits, timeouts: as in `front`.
+        watch_s: seconds between two looks at the folder; 0: it is looked at once.
+        device: where models of the folder run, unless their settings say.
 
     Yields:
         The URL. One model answers any path under it; several answer `<url><name>`.
@@ -215,7 +271,7 @@ def running(
         SpecError: no models, or the address is taken.
     """
     loop = new_loop()
-    server = Server(models, listen, tls=tls, limits=limits, timeouts=timeouts)
+    server = Server(models, listen, tls=tls, limits=limits, timeouts=timeouts, watch_s=watch_s, device=device)
     thread = threading.Thread(target=loop.run_forever, name="server_ref", daemon=True)
     thread.start()
 
@@ -230,6 +286,7 @@ def running(
     atexit.register(end)
     try:
         asyncio.run_coroutine_threadsafe(server.start(), loop).result()
+        asyncio.run_coroutine_threadsafe(server.load(), loop).result()
         yield server.url
     finally:
         atexit.unregister(end)
@@ -238,6 +295,7 @@ def running(
 
 async def _close_soon(server: Server) -> None:
     server.close()
+    await server.repository.close()
     await _settle()
 
 
@@ -251,58 +309,58 @@ async def _settle() -> None:
 
 
 def serve(
-    models: Mapping[str, Servable | Version],
+    models: Models,
     listen: str = "127.0.0.1:9000",
     *,
-    tls: ssl.SSLContext | None = None,
-    limits: http1.Limits = http1.Limits(),  # noqa: B008 (immutable)
-    timeouts: Timeouts = Timeouts(),  # noqa: B008 (immutable)
     grace_s: float = 5.0,
     exit_timeout_s: float = 30.0,
+    **options: Any,
 ) -> int:
     """Serve `models` until SIGTERM, Ctrl-C or `/control/shutdown`, then drain.
 
     Args:
-        models: name -> servable.
+        models: name -> servable, or the folder of a repository.
         listen: where; see `Listen.parse`.
         grace_s: after SIGTERM, how long requests are still taken while `/control/is_ready` says 503.
         exit_timeout_s: how long requests in flight may then take.
+        options: more for `Server`.
 
     Returns:
         The exit code: 0 if every request was answered, 1 if some were cut off.
 
     Raises:
-        SpecError: no models, or the address is taken.
+        SpecError: no models, one cannot be opened, or the address is taken.
     """
     if threading.current_thread() is not threading.main_thread():
         raise SpecError("serve() waits for signals, which only the main thread gets; use server_ref.running() here")
     loop = new_loop()
     try:
-        return loop.run_until_complete(_serve(models, listen, tls, limits, timeouts, grace_s, exit_timeout_s))
+        return loop.run_until_complete(_serve(models, listen, grace_s, exit_timeout_s, options))
     finally:
         loop.run_until_complete(_settle())
         loop.close()
 
 
-async def _serve(
-    models: Mapping[str, Servable | Version],
-    listen: str,
-    tls: ssl.SSLContext | None,
-    limits: http1.Limits,
-    timeouts: Timeouts,
-    grace_s: float,
-    exit_timeout_s: float,
-) -> int:
+async def _serve(models: Models, listen: str, grace_s: float, exit_timeout_s: float, options: Mapping[str, Any]) -> int:
     loop = asyncio.get_running_loop()
     asked: asyncio.Queue[str] = asyncio.Queue()
-    server = Server(
-        models, listen, tls=tls, limits=limits, timeouts=timeouts, on_shutdown=lambda: asked.put_nowait("shutdown")
-    )
+    server = Server(models, listen, on_shutdown=lambda: asked.put_nowait("shutdown"), **options)
     await server.start()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked.put_nowait, number.name)
-    print(server.describe(), file=sys.stderr, flush=True)
-    why = await asked.get()
+    stop = loop.create_task(asked.get())
+    loading = loop.create_task(server.load())
+    await asyncio.wait((stop, loading), return_when=asyncio.FIRST_COMPLETED)
+    if loading.done():
+        try:
+            loading.result()
+        except BaseException:
+            stop.cancel()
+            await _close_soon(server)
+            raise
+        print(server.describe(), file=sys.stderr, flush=True)
+    why = await stop
+    loading.cancel()
     # Ctrl-C comes from a person who waits; SIGTERM from an orchestrator whose routing needs time to notice.
     grace_s = 0.0 if why == "SIGINT" else grace_s
     print(
@@ -316,4 +374,5 @@ async def _serve(
         drain.cancel()
         server.close()
         return 1
+    await server.repository.close()
     return 0 if drain.result() else 1

@@ -77,12 +77,13 @@ class Version:
         self.version = version or self.signature.version
         self.limits = limits
         self.least_healthy = least_healthy
+        self.source: object = None  # what it was opened from, so that it can be opened again; whoever opens it says
         self.stats = Stats()
         self.metadata = graphpipe.encode_metadata(self.signature)
         self.metadata_json = json.dumps(_json_metadata(self.signature), indent=4).encode()
         self.instances = Instances(
             servables, name=name, batching=batching, limits=limits, response_timeout_s=response_timeout_s,
-            deliver=self._deliver, stats=self.stats,
+            deliver=None if awaited else self._deliver, stats=self.stats,
         )  # fmt: skip
         outer = awaited(self.instances) if awaited else self.servable
         alone = len(servables) == 1 and not batching.max_rows
@@ -91,6 +92,9 @@ class Version:
         )
         self._threads = awaited is not None or self.ainfer is None
         self._never_waits = bool(getattr(self.servable, "never_waits", False)) and alone
+        # An endpoint, or a graph: what is awaited waits for others, perhaps for models of this very server.
+        self.calls_others = self.ainfer is not None and awaited is None
+        self.closed = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -135,7 +139,7 @@ class Version:
         run.arrived_at = time.monotonic()
         self.stats.began(run.payload_bytes)
         try:
-            self._check_size(run)
+            self._check(run)
             if self.ainfer is not None:
                 self._await(run, self._loop)
                 return None
@@ -147,7 +151,9 @@ class Version:
             raise
         return None
 
-    def _check_size(self, run: Run) -> None:
+    def _check(self, run: Run) -> None:
+        if self.closed:
+            raise ModelUnavailable(f"model '{self.name}' takes no more requests: the server is about to stop")
         most = self.limits.max_request_bytes
         if most and run.payload_bytes > most:
             raise FramingError(

@@ -1,0 +1,217 @@
+"""From what is to be served to a version that serves it: copies opened, queue and cache set up, warmed.
+
+It blocks, and is called on a thread of its own. Where models come from, and when, is `repository`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from remote_ops.errors import RemoteOpsError, SpecError
+from remote_ops.servable import Servable, load
+from remote_ops.signature import DTYPES, Array, Signature, TensorSpec
+from server_ref.batching import Batching
+from server_ref.cache import Cached
+from server_ref.instances import Instances
+from server_ref.isolation import Isolated
+from server_ref.lanes import QueueLimits
+from server_ref.model import Version
+from server_ref.rowstore import MemoryRows, RowCache
+from server_ref.settings import ModelSettings, Warmup
+
+__all__ = ["Progress", "Source", "open_version"]
+
+log = logging.getLogger("server_ref")
+# Told of each step: what is done ("load", "warm"), how many of it are, of how many.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is to be served, and how.
+
+    Args:
+        name: of the model.
+        version: its version; empty: what the model says of itself.
+        what: as `remote_ops.load` takes it.
+        settings: how it is opened and run.
+        fingerprint: what changes when its files do.
+        device: where it runs, unless the settings say.
+        options: more for `load`; those of the settings win.
+        concurrency: how many calls each copy takes at a time; 0: what it says itself.
+    """
+
+    name: str
+    version: str
+    what: str
+    settings: ModelSettings = field(default_factory=ModelSettings)
+    fingerprint: str = ""
+    device: str = "auto"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    concurrency: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """What the paths in its settings are relative to."""
+        path = Path(self.what)
+        return path.parent if path.exists() else Path()
+
+    @property
+    def copies(self) -> list[str]:
+        """The device of each copy."""
+        instances = self.settings.instances
+        devices = [self.device] if instances.devices == ("auto",) else instances.devices
+        return [device for device in devices for _ in range(instances.count)]
+
+
+def open_version(source: Source, progress: Progress = lambda step, done, of: None) -> Version:
+    """Open every copy of a model, and run each until it is warm.
+
+    Raises:
+        RemoteOpsError, ImportError: it cannot be opened, or fails as it is warmed; says what is wrong.
+
+    Takes what opening takes for each copy, one after the other.
+    """
+    servables: list[Servable] = []
+    try:
+        for index, device in enumerate(source.copies):
+            progress("load", index, len(source.copies))
+            servables.append(_open_one(source, device))
+            if source.concurrency:
+                servables[-1].concurrency = source.concurrency  # type: ignore[attr-defined]  # what `room_for` reads
+        progress("load", len(servables), len(servables))
+        version = _version_of(source, servables)
+        version.source = source
+        if source.settings.warmup is not None:
+            warm(servables, source.settings.warmup, version.instances.lanes.batching, source.folder, progress)
+        return version
+    except BaseException:
+        close_all(servables)
+        raise
+
+
+def _open_one(source: Source, device: str) -> Servable:
+    settings = source.settings
+    options = {**source.options, **settings.options.given(), "device": device}
+    if settings.isolate == "process":
+        timeout_s = settings.limits.response_timeout_s
+        return Isolated(source.what, options=options, name=source.name, response_timeout_s=timeout_s or math.inf)
+    return load(source.what, **options)
+
+
+def _version_of(source: Source, servables: Sequence[Servable]) -> Version:
+    settings, batching = source.settings, Batching()
+    if (rules := settings.batching) is not None:
+        batching = Batching(
+            rules.max_rows, rules.max_delay_ms / 1000, rules.preferred_rows, rules.allowed_rows,
+            rules.priorities, rules.usual_priority,
+        )  # fmt: skip
+    queue, limits = settings.queue, settings.limits
+    timeout_s = math.inf if queue.timeout_ms is None else queue.timeout_ms / 1000
+    return Version(
+        source.name,
+        servables,
+        version=source.version,
+        batching=batching,
+        limits=QueueLimits(queue.max_requests, queue.max_bytes, timeout_s, limits.max_body_bytes or 0),
+        response_timeout_s=math.inf if limits.response_timeout_s is None else limits.response_timeout_s,
+        awaited=_cache_of(source),
+    )
+
+
+def _cache_of(source: Source) -> Callable[[Instances], Servable] | None:
+    cache = source.settings.cache
+    if cache is None:
+        return None
+    rows: RowCache
+    if cache.path is None:
+        rows = MemoryRows(cache.max_bytes, ttl_s=cache.ttl_s)
+    else:
+        from server_ref.rowdisk import DiskRows
+
+        rows = DiskRows(source.folder / cache.path, max_bytes=cache.max_bytes, ttl_s=cache.ttl_s)
+    return lambda instances: Cached(instances, rows, model_hash=f"{source.name}/{source.version}/{source.fingerprint}")
+
+
+def close_all(servables: Sequence[Any]) -> None:
+    """Close those that can be closed."""
+    for servable in servables:
+        close = getattr(servable, "close", None)
+        if close is not None:
+            close()
+
+
+# --------------------------------------------------------------------------- warming
+
+
+def warm(
+    servables: Sequence[Servable], warmup: Warmup, batching: Batching, folder: Path, progress: Progress
+) -> list[float]:
+    """Run each copy with each size of batch, so that no caller pays for what a first run sets up.
+
+    Gives the seconds of each run.
+
+    Raises:
+        SpecError: an input is to be filled from a file that is not there or does not fit.
+        RemoteOpsError: the model failed.
+    """
+    sizes = sorted({*warmup.rows, *batching.allowed_rows})
+    runs = [(servable, rows) for rows in sizes for servable in servables]
+    took = []
+    for index, (servable, rows) in enumerate(runs):
+        progress("warm", index, len(runs))
+        inputs = dict(filled(servable.signature, warmup, rows, folder))
+        since = time.perf_counter()
+        try:
+            servable.infer(inputs)
+        except RemoteOpsError:
+            raise
+        except Exception as error:
+            shapes = ", ".join(f"'{name}' {list(array.shape)}" for name, array in inputs.items())
+            raise SpecError(f"the model failed on {shapes}: {error}", path="warmup") from error
+        took.append(time.perf_counter() - since)
+    progress("warm", len(runs), len(runs))
+    return took
+
+
+def filled(signature: Signature, warmup: Warmup, rows: int, folder: Path) -> Iterator[tuple[str, Array]]:
+    """The inputs of one run of warming by name, each of `rows` rows where axis 0 is open, other open sizes 1."""
+    if unknown := [name for name in warmup.inputs if name not in {spec.name for spec in signature.inputs}]:
+        known = ", ".join(spec.name for spec in signature.inputs)
+        raise SpecError(f"no input is called '{unknown[0]}': expected some of {known}", path="warmup.inputs")
+    for spec in signature.inputs:
+        yield spec.name, _filled(spec, warmup.inputs.get(spec.name, "zeros"), rows, folder)
+
+
+def _filled(spec: TensorSpec, fill: str, rows: int, folder: Path) -> Array:
+    if fill.endswith(".npy"):
+        return _read(spec, folder / fill, rows)
+    shape = tuple(_sized(size, rows if axis == 0 else 1) for axis, size in enumerate(spec.shape or ()))
+    dtype = DTYPES[spec.dtype].numpy
+    if spec.dtype == "string":
+        return np.full(shape, b"", object)
+    if fill == "random" and spec.is_float:
+        return np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    return np.full(shape, int(fill != "zeros"), dtype)
+
+
+def _sized(size: int, open_size: int) -> int:
+    return open_size if size < 0 else size
+
+
+def _read(spec: TensorSpec, path: Path, rows: int) -> Array:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise SpecError(f"cannot read the input '{spec.name}' for warming: {error}", path=str(path)) from error
+    if array.ndim and spec.shape is not None and spec.shape[:1] == (-1,) and len(array):
+        array = np.resize(array, (rows, *array.shape[1:]))
+    return spec.fit(array)
