@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,8 +21,11 @@ from ensemble.document import read_yaml
 from remote_ops.errors import SpecError
 from server_ref.settings import (
     Batching,
+    Cache,
+    Limits,
     ModelSettings,
     Options,
+    Queue,
     SettingsFaults,
     json_schema,
     parse_settings,
@@ -404,3 +408,17 @@ def test_the_schema_takes_what_is_valid_and_refuses_what_is_not() -> None:
         "versions: {policy: x}",
     ):
         assert list(validator.iter_errors(read_yaml(bad, "m.yaml").value))
+
+
+# --------------------------------------------------------------------------- the page
+
+
+def test_the_page_lists_every_key_and_its_example_is_valid() -> None:
+    page = (ROOT / "docs" / "repository.md").read_text("utf-8")
+    table = page.partition("| key | says |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == list(ModelSettings.model_fields)
+    for name, part in (("batching", Batching), ("queue", Queue), ("cache", Cache), ("limits", Limits)):
+        (row,) = re.findall(rf"^\| `{name}` .*", table, re.MULTILINE)
+        assert set(re.findall(r"`(\w+)`", row)) - {name} == set(part.model_fields)
+    example = page.partition("```yaml model.yaml\n")[2].partition("```")[0]
+    assert parse_settings(example).versions.sticky == "X-User"
