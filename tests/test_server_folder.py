@@ -96,6 +96,13 @@ def test_files_that_go_with_a_model_are_part_of_it_and_others_are_named(tmp_path
     assert seen.ignored == ("README.md", "labels.yaml")
 
 
+def test_a_graph_may_have_its_models_beside_it(tmp_path: Path) -> None:
+    lay(tmp_path, "vote/a.onnx", "vote/b.pt2", "versioned/3/a.onnx", "versioned/3/saved/saved_model.pb")
+    write(tmp_path / "vote/graph.yaml", GRAPH)
+    write(tmp_path / "versioned/3/graph.yaml", GRAPH)
+    assert paths(tmp_path) == {("vote", "1"): "vote/graph.yaml", ("versioned", "3"): "versioned/3/graph.yaml"}
+
+
 def test_a_yaml_without_nodes_is_no_graph_and_a_broken_one_with_them_is(tmp_path: Path) -> None:
     write(tmp_path / "good.yaml", GRAPH)
     write(tmp_path / "broken.yaml", "ensemble: 1\nnodes: [\n")
