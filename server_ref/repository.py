@@ -299,7 +299,7 @@ class Repository:
             await asyncio.wait(self._draining)
         for entry in self._entries.values():  # what its caller opened is its caller's to close
             version = self._served(entry.name, entry.version)
-            if version is not None:
+            if version is not None and entry.source.what:
                 version.stop()
                 close_all(version.instances.servables)
 

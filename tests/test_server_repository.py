@@ -420,6 +420,20 @@ def test_r1_a_graph_in_flight_that_calls_a_model_of_the_same_server_ends_before_
     loop.close()
 
 
+def test_a_model_that_was_handed_over_open_is_open_when_the_server_has_ended() -> None:
+    class Closable(FunctionServable):
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+
+    x, y = TensorSpec("x", "float32", (-1, 2)), TensorSpec("y", "float32", (-1, 2))
+    double = Closable(lambda x: 2 * x, [x], [y])
+    with server_ref.running({"double": double}) as url:
+        assert factor_at(url) == 2
+    assert not double.closed
+
+
 def test_a_model_that_was_handed_over_open_is_listed_and_cannot_be_opened_again() -> None:
     x, y = TensorSpec("x", "float32", (-1, 2)), TensorSpec("y", "float32", (-1, 2))
     server = Server({"double": FunctionServable(lambda x: 2 * x, [x], [y], version="3")})
