@@ -23,7 +23,9 @@ from remote_ops import Endpoint, FunctionServable, TensorSpec, graphpipe
 from remote_ops.deadline import Deadline
 from remote_ops.errors import InternalError, ModelUnavailable, SignatureError, SpecError
 from remote_ops.signature import DTYPES, Array, Signature, describe
+from server_ref.batching import Batching
 from server_ref.cache import Cached
+from server_ref.model import Version
 from server_ref.rowkeys import fingerprint
 from server_ref.rowstore import MemoryRows, RowCache, Usage
 
@@ -338,6 +340,18 @@ def test_a_server_answers_the_same_bytes_with_a_cache(rows: RowCache) -> None:
             for config in (b"", b"x"):
                 for one, other in zip(bare(*values, config=config), cached(*values, config=config), strict=True):
                     assert (describe(one), one.tolist()) == (describe(other), other.tolist())
+
+
+def test_a_cache_around_batched_instances_lets_only_missing_rows_through(rows: RowCache) -> None:
+    model = doubling()
+    version = Version(
+        "m", [model], batching=Batching(max_rows=8), awaited=lambda instances: Cached(instances, rows, model_hash="1")
+    )
+    with server_ref.running({"m": version}) as url, Endpoint(url) as endpoint:
+        for x in (pairs(1, 2), pairs(2, 3), pairs(3, 1, 2)):
+            y, z = endpoint(x)
+            assert (y.tolist(), z.tolist()) == (double(x)["y"].tolist(), double(x)["z"].tolist())
+    assert model.rows == [2, 1]
 
 
 @pytest.mark.parametrize("name", DTYPES)
