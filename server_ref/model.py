@@ -77,6 +77,7 @@ class Version:
         self.version = version or self.signature.version
         self.limits = limits
         self.least_healthy = least_healthy
+        self.owned: Sequence[object] = ()  # what is closed with it
         self.source: object = None  # what it was opened from, so that it can be opened again; whoever opens it says
         self.stats = Stats()
         self.metadata = graphpipe.encode_metadata(self.signature)

@@ -5,6 +5,7 @@ It blocks, and is called on a thread of its own. Where models come from, and whe
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -20,10 +21,10 @@ from remote_ops.servable import Servable, load
 from remote_ops.signature import DTYPES, Array, Signature, TensorSpec
 from server_ref.batching import Batching
 from server_ref.cache import Cached
-from server_ref.instances import Instances
 from server_ref.isolation import Isolated
 from server_ref.lanes import QueueLimits
 from server_ref.model import Version
+from server_ref.rowkeys import fingerprint as file_fingerprint
 from server_ref.rowstore import MemoryRows, RowCache
 from server_ref.settings import ModelSettings, Warmup
 
@@ -88,8 +89,9 @@ def open_version(source: Source, progress: Progress = lambda step, done, of: Non
             if source.concurrency:
                 servables[-1].concurrency = source.concurrency  # type: ignore[attr-defined]  # what `room_for` reads
         progress("load", len(servables), len(servables))
-        version = _version_of(source, servables)
-        version.source = source
+        rows = _rows_of(source)
+        version = _version_of(source, servables, rows)
+        version.source, version.owned = source, (*servables, rows)
         if source.settings.warmup is not None:
             warm(servables, source.settings.warmup, version.instances.lanes.batching, source.folder, progress)
         return version
@@ -107,7 +109,7 @@ def _open_one(source: Source, device: str) -> Servable:
     return load(source.what, **options)
 
 
-def _version_of(source: Source, servables: Sequence[Servable]) -> Version:
+def _version_of(source: Source, servables: Sequence[Servable], rows: RowCache | None) -> Version:
     settings, batching = source.settings, Batching()
     if (rules := settings.batching) is not None:
         batching = Batching(
@@ -123,28 +125,42 @@ def _version_of(source: Source, servables: Sequence[Servable]) -> Version:
         batching=batching,
         limits=QueueLimits(queue.max_requests, queue.max_bytes, timeout_s, limits.max_body_bytes or 0),
         response_timeout_s=math.inf if limits.response_timeout_s is None else limits.response_timeout_s,
-        awaited=_cache_of(source),
+        awaited=None
+        if rows is None
+        else lambda instances: Cached(
+            instances,
+            rows,
+            model_hash=_hash_of(source),
+            by_row=None if settings.cache is None else settings.cache.by_row,
+        ),
     )
 
 
-def _cache_of(source: Source) -> Callable[[Instances], Servable] | None:
+def _rows_of(source: Source) -> RowCache | None:
+    """Where the rows of a model are kept; None if they are not."""
     cache = source.settings.cache
     if cache is None:
         return None
-    rows: RowCache
     if cache.path is None:
-        rows = MemoryRows(cache.max_bytes, ttl_s=cache.ttl_s)
-    else:
-        from server_ref.rowdisk import DiskRows
+        return MemoryRows(cache.max_bytes, ttl_s=cache.ttl_s)
+    from server_ref.rowdisk import DiskRows  # it needs lmdb, which is an extra
 
-        rows = DiskRows(source.folder / cache.path, max_bytes=cache.max_bytes, ttl_s=cache.ttl_s)
-    return lambda instances: Cached(instances, rows, model_hash=f"{source.name}/{source.version}/{source.fingerprint}")
+    return DiskRows(source.folder / cache.path, max_bytes=cache.max_bytes, ttl_s=cache.ttl_s)
 
 
-def close_all(servables: Sequence[Any]) -> None:
-    """Close those that can be closed."""
-    for servable in servables:
-        close = getattr(servable, "close", None)
+def _hash_of(source: Source) -> str:
+    """What tells the answers of a model from those of another; empty, so of this run alone, if no file says so."""
+    fingerprint = source.fingerprint or (file_fingerprint(source.what) if Path(source.what).exists() else "")
+    if not fingerprint:
+        return ""
+    options = {**source.options, **source.settings.options.given(), "devices": source.copies}
+    return f"{source.name} {source.version} {fingerprint} {json.dumps(options, sort_keys=True, default=str)}"
+
+
+def close_all(owned: Sequence[Any]) -> None:
+    """Close those that can be closed, of the servables and the rows of a version."""
+    for thing in owned:
+        close = getattr(thing, "close", None)
         if close is not None:
             close()
 

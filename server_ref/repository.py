@@ -301,7 +301,7 @@ class Repository:
             version = self._served(entry.name, entry.version)
             if version is not None and entry.source.what:
                 version.stop()
-                close_all(version.instances.servables)
+                close_all(version.owned)
 
     # inside
 
@@ -347,7 +347,7 @@ class Repository:
             await asyncio.sleep(0.005)
             version.sweep()
         version.stop()
-        await self._apart(functools.partial(close_all, version.instances.servables))
+        await self._apart(functools.partial(close_all, version.owned))
 
     async def _apart(self, do: Callable[[], Any]) -> Any:
         """Do what blocks on a thread that no exit waits for, one thing at a time."""

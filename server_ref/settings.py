@@ -228,11 +228,13 @@ class Cache(_Model):
     """Rows that were computed once are answered without the model."""
 
     max_mb: MiB = 256.0
-    """MiB that are kept; the least recently used go first."""
+    """MiB that are kept, 1 or more on disk; in memory the least recently used go first, on disk the oldest."""
     ttl_s: SomeS | None = None
     """Seconds that a row is kept; for good unless said."""
     path: str | None = Field(default=None, min_length=1)
     """A folder to keep them in on disk, beside this file unless it is absolute; in memory unless said."""
+    by_row: bool | None = None
+    """Whether each row is kept by itself; `false` where those of a request depend on each other."""
 
     @property
     def max_bytes(self) -> int:
