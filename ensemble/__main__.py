@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -210,7 +210,9 @@ def _run_all(
         if error is not None:
             failed.append(outcome.run)
             _say(f"{outcome.run}: {type(error).__name__}: {error}")
-        elif outcome.result is not None and outcome.result.trace is not None:
+        elif outcome.result is not None:
+            _say_missing(outcome.run, outcome.result.missing)
+        if outcome.result is not None and outcome.result.trace is not None:
             traces.append((outcome.run or ensemble.plan.name, outcome.result.trace))
     print(_said(len(runs), failed, time.monotonic() - since), file=sys.stderr)
     _save_traces(args, traces)
@@ -234,6 +236,13 @@ def _say(line: str) -> None:
     from tqdm import tqdm
 
     tqdm.write(text.printable(line), file=sys.stderr)
+
+
+def _say_missing(run: str, missing: Mapping[str, Sequence[str]]) -> None:
+    """Say which members votes did without, in one line."""
+    if missing:
+        told = "; ".join(f"'{node}' did without {', '.join(map(repr, members))}" for node, members in missing.items())
+        _say(f"{run}: {told}" if run else told)
 
 
 def _given(outcome: Outcome, outlets: Sequence[Outlet]) -> Exception | None:

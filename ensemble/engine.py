@@ -24,7 +24,7 @@ from ensemble.plan import Plan, PlanNode
 from ensemble.route import Route, route_of
 from ensemble.run import Run, Slot
 from ensemble.steps import Array, ModelStep, Value
-from ensemble.trace import Trace
+from ensemble.trace import Account
 from ensemble.values import bind
 from remote_ops.background import background_loop
 from remote_ops.deadline import Deadline
@@ -70,13 +70,13 @@ class Engine:
         inputs: Mapping[str, Array],
         wanted: Sequence[str] | None,
         bound: Deadline,
-        trace: Trace | None = None,
+        account: Account | None = None,
         prefix: str = "",
         record: Record | None = None,
     ) -> dict[str, Value]:
         """The outputs wanted of a plan (None: all); one that is `Missing` stays so. `record` is for a reverse pass."""
         values, sizes = bind(plan, inputs)
-        run = Run(self, plan, self.route(plan, wanted), values, sizes, bound, trace, prefix, record)
+        run = Run(self, plan, self.route(plan, wanted), values, sizes, bound, account or Account(), prefix, record)
         self._runs.add(run)
         try:
             return await run.outputs()

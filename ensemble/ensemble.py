@@ -23,7 +23,7 @@ from ensemble.graph import build
 from ensemble.plan import Plan
 from ensemble.spec import Admission, parse, text_of
 from ensemble.steps import Array, Missing, Value
-from ensemble.trace import Trace, bytes_of
+from ensemble.trace import Account, Trace, bytes_of
 from remote_ops.background import Background, on_background_loop, result_of
 from remote_ops.deadline import Deadline, ambient
 from remote_ops.errors import NodeError, SpecError
@@ -68,10 +68,21 @@ class Result(dict[str, Array]):
     Args:
         trace: what each node did; None unless asked for.
         digest: the SHA-256 of the graph that answered, in hex.
+        missing: of each combination that did without some of its members (`quorum`), their names in order; empty where
+            all have answered. Those in a graph in a graph are not told.
     """
 
-    trace: Trace | None = None
-    digest: str = ""
+    def __init__(
+        self,
+        outputs: Mapping[str, Array] | None = None,
+        trace: Trace | None = None,
+        digest: str = "",
+        missing: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
+        super().__init__(outputs or {})
+        self.trace = trace
+        self.digest = digest
+        self.missing = dict(missing or {})
 
 
 class _Loaded(NamedTuple):
@@ -260,15 +271,13 @@ class Ensemble:
     ) -> Result:
         now = self._now
         given, cotangents = split_cotangents(self._fitted(inputs, now))
+        account = Account(trace)
         names = [spec.name for spec in now.signature.select_outputs(outputs, at=now.plan.name)]
         async with now.door.entered(bytes_of(given.values()), bound, now.plan.name):
-            found = await _found(now, given, cotangents, names, bound, trace)
-        result = Result(found)
-        result.digest = now.plan.digest
+            found = await _found(now, given, cotangents, names, bound, account)
         if trace is not None:
             trace.ended = time.monotonic()
-            result.trace = trace
-        return result
+        return Result(found, trace, now.plan.digest, account.missing)
 
     def _fitted(self, inputs: Mapping[str, Any], now: _Loaded) -> dict[str, Array]:
         """The inputs as arrays; optional ones may be left out."""
@@ -286,17 +295,17 @@ async def _found(
     cotangents: Mapping[str, Array],
     names: Sequence[str],
     bound: Deadline,
-    trace: Trace | None,
+    account: Account,
 ) -> dict[str, Array]:
     """Outputs and gradients by name, in the order asked for."""
     plan, engine = now.plan, now.engine
     gradients = [name for name in names if name.startswith("gradient:")]
     forward = [name for name in names if name not in gradients]
     if not gradients:
-        return _there(plan, await engine.run(plan, given, forward, bound, trace))
+        return _there(plan, await engine.run(plan, given, forward, bound, account))
     record = Record()
     reached = list(dict.fromkeys([*forward, *cotangents]))
-    values = await engine.run(plan, given, reached, bound, trace, record=record)
+    values = await engine.run(plan, given, reached, bound, account, record=record)
     wanted = [name.removeprefix("gradient:") for name in gradients]
     pulled = await pull(plan, record, cotangents, wanted, bound, engine)
     found = _there(plan, {name: values[name] for name in forward})

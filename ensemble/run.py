@@ -23,7 +23,7 @@ from ensemble.gradients import Record, Steered
 from ensemble.plan import Plan, PlanNode, Source, Wire
 from ensemble.route import Quorum, Route
 from ensemble.steps import Array, Assembly, Call, Calls, Missing, ModelStep, Outcome, Value, is_pure
-from ensemble.trace import Span, Trace, bytes_of
+from ensemble.trace import Account, Span, bytes_of
 from ensemble.values import Sizes, Values, given, guarded, node_error, read, read_only, rows_of, stand_in
 from remote_ops.deadline import Deadline
 from remote_ops.errors import DeadlineExceeded, InternalError, NodeError, RemoteOpsError
@@ -63,7 +63,7 @@ class Shared(Protocol):
         inputs: Mapping[str, Array],
         wanted: Sequence[str] | None,
         bound: Deadline,
-        trace: Trace | None = None,
+        account: Account | None = None,
         prefix: str = "",
         record: Record | None = None,
     ) -> dict[str, Value]:
@@ -121,7 +121,7 @@ class Run:
         values: Values,
         sizes: Sizes,
         bound: Deadline,
-        trace: Trace | None,
+        account: Account,
         prefix: str,
         record: Record | None,
     ) -> None:
@@ -131,7 +131,8 @@ class Run:
         self._values = values
         self._sizes = sizes
         self._bound = bound
-        self._trace = trace
+        self._account = account
+        self._trace = account.trace
         self._prefix = prefix
         self._record = record
         self._loop = asyncio.get_running_loop()
@@ -213,6 +214,8 @@ class Run:
         gone = [value for wire in node.wires if wire.needed and isinstance(value := inputs[wire.name], Missing)]
         if self._record is not None:
             self._record.inputs[node.name] = inputs
+        if quorum is not None:
+            self._account.note_missing(_traced(self._prefix, node), inputs)
         if gone:
             return self._has(index, dict.fromkeys(self._route.wanted[index], gone[0]))
         try:
@@ -416,7 +419,7 @@ class Run:
         child = owner.children[call.node]
         bound.require(f"'{prefix}{call.node}'")
         if isinstance(child, Plan):
-            return await self._shared.run(child, call.inputs, call.wanted, bound, self._trace, prefix, record)
+            return await self._shared.run(child, call.inputs, call.wanted, bound, self._account, prefix, record)
         own = _within(child, bound)
         ready, outcome = time.monotonic(), "ok"
         results: Mapping[str, Value] = {}

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ensemble.steps import Array, Missing
 from remote_ops.telemetry import Record
 
-__all__ = ["Span", "Trace", "bytes_of"]
+__all__ = ["Account", "Span", "Trace", "bytes_of"]
 
 
 class Span(NamedTuple):
@@ -127,6 +128,27 @@ class Trace:
     def _event(self, name: str, began: float, ended: float, lane: int, args: Mapping[str, Any]) -> dict[str, Any]:
         at, lasted = 1e6 * (began - self.began), 1e6 * (ended - began)
         return {"ph": "X", "name": name, "pid": 1, "tid": lane, "ts": at, "dur": lasted, "args": dict(args)}
+
+
+@dataclass(eq=False)
+class Account:
+    """What is told of a run besides its outputs; one for a run and all that runs in it.
+
+    Args:
+        trace: what each node did; None unless asked for.
+        missing: of each combination that did without some of its members, their names in the order of declaration;
+            its own name has those of its owners before it, and one in the body of a map has those missing for any item.
+    """
+
+    trace: Trace | None = None
+    missing: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def note_missing(self, node: str, members: Mapping[str, Any]) -> None:
+        """Note which members a combination did without."""
+        before = self.missing.get(node, ())
+        gone = [name for name, value in members.items() if name in before or isinstance(value, Missing)]
+        if gone:
+            self.missing[node] = tuple(gone)
 
 
 def _covered(spans: Iterable[tuple[float, float]]) -> float:

@@ -66,6 +66,7 @@ def endless(x: Array) -> Array:
 
 
 slow = FunctionServable(endless, [ROWS], [TensorSpec("y", "float32", (-1, 4))])
+stopped = FunctionServable(lambda x: 1 // 0, [ROWS], [TensorSpec("y", "float32", (-1, 4))])
 double = FunctionServable(positive, [ROWS], [TensorSpec("y", "float32", (-1, 4))])
 together = FunctionServable(met, [ROWS], [TensorSpec("y", "float32", (-1, 4))])
 add = FunctionServable(lambda x, shift: (x + shift).sum(1), [ROWS, TensorSpec("shift", "float32", ())], [TOTAL])
@@ -361,6 +362,16 @@ def test_a_node_that_fails_is_named_and_the_status_is_1(sums: str, capsys: Print
     assert capsys.readouterr().err.startswith(
         "NodeError: node 'double' of 'sums' (python) failed: ValueError: negative"
     )
+
+
+def test_a_run_says_which_members_a_vote_did_without(tmp_path: Path, capsys: Printed) -> None:
+    node = "{kind: python, call: 'test_ensemble_cli:%s', inputs: {x: $inputs.x}}"
+    nodes = f"nodes: {{a: {node % 'double'}, b: {node % 'stopped'}, vote: {{kind: combine, method: mean,"
+    nodes += " inputs: {a: a, b: b}, quorum: {min: 1, required: [a]}}}"
+    graph = tmp_path / "vote.yaml"
+    graph.write_text(f"ensemble: 1\ninputs: {{x: {{dtype: float32, shape: [N, 4]}}}}\noutputs: {{y: vote}}\n{nodes}\n")
+    assert main(["run", str(graph), "-i", "x=[[1, 2, 3, 4]]"]) == 0
+    assert capsys.readouterr().err.splitlines()[0] == "'vote' did without 'b'"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import pickle
 import threading
 import time
 import weakref
@@ -21,7 +22,7 @@ from ensemble.forms import Form
 from ensemble.nodes.node import Batching, Default
 from ensemble.plan import Plan, PlanInput, PlanNode
 from ensemble.serial import run_serial
-from ensemble.steps import ModelStep
+from ensemble.steps import Assembly, Call, Calls, ModelStep, Piece
 from remote_ops import Deadline
 from remote_ops.deadline import deadline
 from remote_ops.errors import (
@@ -503,6 +504,42 @@ def test_a_member_that_fails_is_forgiven_while_the_quorum_is_met() -> None:
             ensemble(rows())
     with Ensemble(vote(members, Quorum(1, required=("b",)))) as ensemble, pytest.raises(NodeError, match="node 'b'"):
         ensemble(rows())
+
+
+def test_a_run_tells_which_members_a_vote_did_without() -> None:
+    members = [node("a", fails), node("b", lambda x: x), node("hung", awaited(lasts_s=30))]
+    with Ensemble(vote(members, Quorum(1))) as ensemble:
+        assert ensemble.run({"x": rows()}).missing == {"vote": ("a", "hung")}
+    with Ensemble(vote(members[1:2], Quorum(1))) as ensemble:
+        result = ensemble.run({"x": rows()})
+        assert result.missing == {}
+        assert pickle.loads(pickle.dumps(result)).missing == {}
+
+
+class Items:
+    """A controller: its body runs for every row."""
+
+    def steps(self, inputs: Any, wanted: Any) -> Any:
+        x = inputs["x"]
+        calls = [
+            Call("body", {"x": x[one : one + 1]}, wanted, slice(one, one + 1), cut=("x",)) for one in range(len(x))
+        ]
+        yield Calls(calls, 2)
+        return Assembly([Piece(one, put=slice(one, one + 1)) for one in range(len(x))], len(x))
+
+
+def test_a_vote_in_a_body_tells_of_the_members_missing_for_any_item() -> None:
+    def odd(x: Array) -> Array:
+        return fails(x) if x[0, 0] % 2 else x
+
+    def even(x: Array) -> Array:
+        return x if x[0, 0] % 2 else fails(x)
+
+    body = vote([node("odd", odd), node("all", lambda x: x), node("even", even)], Quorum(1))
+    graph = plan(node("each", Items(), children={"body": body}))
+    x = np.arange(4, dtype=np.float32)[:, None].repeat(4, 1)
+    with Ensemble(graph) as ensemble:
+        assert ensemble.run({"x": x}).missing == {"each/vote": ("odd", "even")}
 
 
 # --------------------------------------------------------------------------- trace
