@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ensemble.ensemble import Ensemble, EnsembleStats, Result, load
     from ensemble.faults import Fault, GraphFaults
-    from ensemble.trace import Trace
+    from ensemble.trace import Trace, trace_of
 
-__all__ = ["Ensemble", "EnsembleStats", "Fault", "GraphFaults", "Result", "Trace", "load"]
+__all__ = ["Ensemble", "EnsembleStats", "Fault", "GraphFaults", "Result", "Trace", "load", "trace_of"]
 
 _HOMES = {
     **dict.fromkeys(("Ensemble", "EnsembleStats", "Result", "load"), "ensemble"),
     **dict.fromkeys(("Fault", "GraphFaults"), "faults"),
-    "Trace": "trace",
+    **dict.fromkeys(("Trace", "trace_of"), "trace"),
 }
 
 

@@ -204,7 +204,10 @@ def _run_all(
     failed: list[str] = []
     traces: list[tuple[str, Trace]] = []
     for number, outcome in enumerate(_counted(found, len(runs), failed)):
+        if outcome.trace is not None:
+            traces.append((outcome.run or ensemble.plan.name, outcome.trace))
         if outcome.error is not None and not feeds.is_many:
+            _save_traces(args, traces)
             raise outcome.error
         error = _given(outcome, outlets) if number < len(names) else outcome.error
         if error is not None:
@@ -212,8 +215,6 @@ def _run_all(
             _say(f"{outcome.run}: {type(error).__name__}: {error}")
         elif outcome.result is not None:
             _say_missing(outcome.run, outcome.result.missing)
-        if outcome.result is not None and outcome.result.trace is not None:
-            traces.append((outcome.run or ensemble.plan.name, outcome.result.trace))
     print(_said(len(runs), failed, time.monotonic() - since), file=sys.stderr)
     _save_traces(args, traces)
     return 1 if failed else 0

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from ensemble.graph import build
 from ensemble.plan import Plan
 from ensemble.spec import Admission, parse, text_of
 from ensemble.steps import Array, Missing, Value
-from ensemble.trace import Account, Trace, bytes_of
+from ensemble.trace import Account, Trace, attach, bytes_of
 from remote_ops.background import Background, on_background_loop, result_of
 from remote_ops.deadline import Deadline, ambient
 from remote_ops.errors import NodeError, SpecError
@@ -217,7 +218,7 @@ class Ensemble:
         trace: bool = False,
         deadline: Deadline | None = None,
     ) -> Result:
-        """The same as `infer`, with what each node did if `trace`."""
+        """The same as `infer`, with what each node did if `trace`; `trace_of(error)` has it where the run fails."""
         return result_of(Background(self._arun(inputs, outputs, self._bound(deadline), self._trace(trace))))
 
     async def arun(
@@ -273,10 +274,9 @@ class Ensemble:
         given, cotangents = split_cotangents(self._fitted(inputs, now))
         account = Account(trace)
         names = [spec.name for spec in now.signature.select_outputs(outputs, at=now.plan.name)]
-        async with now.door.entered(bytes_of(given.values()), bound, now.plan.name):
-            found = await _found(now, given, cotangents, names, bound, account)
-        if trace is not None:
-            trace.ended = time.monotonic()
+        with _traced(trace):
+            async with now.door.entered(bytes_of(given.values()), bound, now.plan.name):
+                found = await _found(now, given, cotangents, names, bound, account)
         return Result(found, trace, now.plan.digest, account.missing)
 
     def _fitted(self, inputs: Mapping[str, Any], now: _Loaded) -> dict[str, Array]:
@@ -287,6 +287,20 @@ class Ensemble:
             kept = tuple([spec for spec in signature.inputs if spec.name not in left_out])
             signature = self._partial.setdefault(left_out, Signature(kept, signature.outputs, name=signature.name))
         return signature.fit_inputs(inputs, at=now.plan.name)
+
+
+@contextlib.contextmanager
+def _traced(trace: Trace | None) -> Iterator[None]:
+    """Note when a run ends; what it ends with carries the trace, if it is an error."""
+    try:
+        yield
+    except Exception as error:
+        if trace is not None:
+            attach(trace, error)
+        raise
+    finally:
+        if trace is not None:
+            trace.ended = time.monotonic()
 
 
 async def _found(

@@ -179,6 +179,8 @@ class Run:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=_CLEANUP_S)
+        for index in list(self._began):
+            self._note_cancelled(index)
 
     # which node, and when
 
@@ -434,6 +436,9 @@ class Run:
                 raise
             results = self._stand_in(child, call, error, record)
             return results
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
         finally:
             if self._trace is not None:
                 self._note(child, prefix, (ready, ready, bytes_of(call.inputs.values())), results, outcome)
@@ -486,6 +491,7 @@ class Run:
             else:
                 results = stand_in(node, failed, self._sizes)
         except RemoteOpsError as final:
+            self._began.pop(index, None)
             return self.give_up(final)
         if self._record is not None:
             self._record.inputs.pop(node.name, None)  # what stands in for it has no derivative
@@ -515,6 +521,8 @@ class Run:
             for one in at_it
         ]
         what = ", ".join(names) or "nothing"
+        if index is not None:
+            self._began.pop(index, None)
         self.give_up(
             DeadlineExceeded(f"no answer from '{self._plan.name}' in {now - self._since:.3f} s: waiting for {what}")
         )
@@ -548,10 +556,16 @@ class Run:
                 if (task := self._tasks.pop(index, None)) is not None:
                     task.cancel()
                 self._ended_nodes[index] = True
-                self._began.pop(index, None)
+                self._note_cancelled(index)
                 self._left -= 1
 
     # trace
+
+    def _note_cancelled(self, index: int) -> None:
+        """A node that began, and that nobody waits for any more."""
+        began = self._began.pop(index, None)
+        if self._trace is not None and began is not None:
+            self._note(self._route.nodes[index], self._prefix, began, {}, "cancelled")
 
     def _note(
         self, node: PlanNode, prefix: str, began: tuple[float, float, int], results: Mapping[str, Value], outcome: str

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from ensemble.ensemble import Ensemble, Result
+from ensemble.trace import Trace, trace_of
 from remote_ops.errors import RemoteOpsError
 
 __all__ = ["Outcome", "outcomes"]
@@ -22,6 +23,13 @@ class Outcome(NamedTuple):
     run: str
     result: Result | None
     error: RemoteOpsError | None = None
+
+    @property
+    def trace(self) -> Trace | None:
+        """What each node did, where it was asked for."""
+        if self.result is not None:
+            return self.result.trace
+        return None if self.error is None else trace_of(self.error)
 
 
 def outcomes(
@@ -39,7 +47,7 @@ def outcomes(
         runs: of each run its name, and what reads its inputs; called when the run begins, while others go on.
         outputs: those wanted; None for all.
         at_once: runs in flight at most, 1 or more.
-        trace: whether the results have traces.
+        trace: whether the outcomes have traces.
 
     One that fails is an outcome like any other. Closing the iterator cancels what is in flight.
     """

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ensemble.steps import Array, Missing
 from remote_ops.telemetry import Record
 
-__all__ = ["Account", "Span", "Trace", "bytes_of"]
+__all__ = ["Account", "Span", "Trace", "attach", "bytes_of", "trace_of"]
 
 
 class Span(NamedTuple):
@@ -26,7 +26,7 @@ class Span(NamedTuple):
         began: when it was started, which is later where a slot or a thread was waited for.
         ended: when its outputs were there.
         bytes_in, bytes_out: of its tensors.
-        outcome: `ok`, or the class of the error.
+        outcome: `ok`, the class of the error, or `cancelled` where nobody waited for it any more.
         sent: the requests that it sent.
     """
 
@@ -149,6 +149,20 @@ class Account:
         gone = [name for name, value in members.items() if name in before or isinstance(value, Missing)]
         if gone:
             self.missing[node] = tuple(gone)
+
+
+def attach(trace: Trace, error: BaseException) -> None:
+    """Let the error of a run carry the trace of that run."""
+    error.__dict__["trace"] = trace
+
+
+def trace_of(error: BaseException) -> Trace | None:
+    """The trace of the run that ended with an error; None if no trace was asked for, or it is of no run.
+
+    It is the attribute `trace` of the error, too.
+    """
+    found = error.__dict__.get("trace")
+    return found if isinstance(found, Trace) else None
 
 
 def _covered(spans: Iterable[tuple[float, float]]) -> float:

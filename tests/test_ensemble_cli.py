@@ -551,6 +551,17 @@ def test_a_trace_has_every_run_and_node(sums: str, folder: Path, tmp_path: Path)
     assert sorted(done) == [(run, name) for run in (1, 2) for name in ("add", "double")]
 
 
+def test_a_run_that_fails_has_a_trace_too(sums: str, tmp_path: Path, capsys: Printed) -> None:
+    file = tmp_path / "t.json"
+    assert main(["run", sums, "-i", "x=[[-1, 2, 3, 4]]", "--trace", str(file), "--profile"]) == 1
+    events = json.loads(file.read_text())["traceEvents"]
+    (failed,) = [event for event in events if event["ph"] == "X" and event["name"] == "double"]
+    assert failed["args"]["outcome"] == "ValueError"
+    printed = capsys.readouterr()
+    assert "1 failed" in printed.out
+    assert printed.err.splitlines()[0] == f"trace -> {file}"
+
+
 def test_a_profile_has_a_line_for_each_node(sums: str, capsys: Printed) -> None:
     assert main(["run", sums, "-i", "x=[[1, 2, 3, 4]]", "-o", "total", "--repeat", "5", "--profile"]) == 0
     printed = capsys.readouterr()

@@ -23,6 +23,7 @@ from ensemble.nodes.node import Batching, Default
 from ensemble.plan import Plan, PlanInput, PlanNode
 from ensemble.serial import run_serial
 from ensemble.steps import Assembly, Call, Calls, ModelStep, Piece
+from ensemble.trace import trace_of
 from remote_ops import Deadline
 from remote_ops.deadline import deadline
 from remote_ops.errors import (
@@ -31,6 +32,7 @@ from remote_ops.errors import (
     ModelUnavailable,
     NodeError,
     Overloaded,
+    RemoteOpsError,
     SignatureError,
 )
 
@@ -558,6 +560,49 @@ def test_a_trace_says_of_every_node_when_it_was_ready_began_and_ended() -> None:
     assert [span.node for span in trace.critical_path()] == ["a", "b", "c"]
     assert [(span.bytes_in, span.bytes_out) for span in trace.spans] == [(48, 48)] * 3
     assert result.digest == graph.digest
+
+
+@pytest.mark.parametrize("how", ["fails", "late"])
+def test_a_run_that_fails_has_a_trace_of_all_that_it_began(how: str) -> None:
+    ends = node("end", fails, "a") if how == "fails" else node("end", awaited(lasts_s=30), "a")
+    graph = plan(
+        node("a", lambda x: x), node("hung", awaited(lasts_s=30)), ends, node("s", add, {"a": "hung", "b": "end"})
+    )
+    with Ensemble(graph) as ensemble:
+        with pytest.raises(RemoteOpsError) as caught:
+            ensemble.run({"x": rows()}, trace=True, deadline=Deadline.after(0.3 if how == "late" else 30))
+        trace = trace_of(caught.value)
+        assert trace is not None
+        assert trace.wall_s > 0
+        outcomes = {span.node: span.outcome for span in trace.spans}
+        assert outcomes == {"a": "ok", "hung": "cancelled", "end": "InternalError" if how == "fails" else "cancelled"}
+        assert len(trace.spans) == 3
+        with pytest.raises(RemoteOpsError) as plain:
+            ensemble.run({"x": rows()}, deadline=Deadline.after(0.3))
+        assert trace_of(plain.value) is None
+
+
+def test_a_trace_has_the_members_that_a_quorum_did_not_wait_for() -> None:
+    members = [node("hung", awaited(lasts_s=30)), node("quick", lambda x: x)]
+    with Ensemble(vote(members, Quorum(1))) as ensemble:
+        trace = ensemble.run({"x": rows()}, trace=True).trace
+    assert trace is not None
+    assert {span.node: span.outcome for span in trace.spans} == {"quick": "ok", "hung": "cancelled", "vote": "ok"}
+
+
+def test_what_an_owner_does_not_wait_for_is_cancelled_in_the_trace() -> None:
+    class Both:
+        def steps(self, inputs: Any, wanted: Any) -> Any:
+            yield Calls([Call(name, {"x": inputs["x"]}, wanted) for name in ("hung", "bad")])
+
+    owned = [node("hung", awaited(lasts_s=30)), node("bad", fails)]
+    with Ensemble(plan(node("both", Both(), children=owned))) as ensemble:
+        with pytest.raises(NodeError) as caught:
+            ensemble.run({"x": rows()}, trace=True)
+    trace = trace_of(caught.value)
+    assert trace is not None
+    outcomes = {span.node: span.outcome for span in trace.spans}
+    assert outcomes == {"both/hung": "cancelled", "both/bad": "InternalError", "both": "NodeError"}
 
 
 def test_a_closed_ensemble_says_so() -> None:
