@@ -22,7 +22,8 @@ from ensemble.batches import Batches
 from ensemble.gradients import Record
 from ensemble.plan import Plan, PlanNode
 from ensemble.route import Route, route_of
-from ensemble.run import Run, Slot
+from ensemble.run import Run
+from ensemble.slots import Slot, Slots
 from ensemble.steps import Array, ModelStep, Value
 from ensemble.trace import Account
 from ensemble.values import bind
@@ -59,7 +60,7 @@ class Engine:
         """Start with nothing under way; a forked child does so anew, since its parent's threads are not there."""
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="ensemble")
         self._aside: ThreadPoolExecutor | None = None  # of mirrors, which take no thread from what is waited for
-        self._slots: dict[PlanNode, asyncio.Semaphore] = {}
+        self._slots: dict[PlanNode, Slots] = {}
         self._batches: dict[PlanNode, Batches] = {}
         self._mirrors: set[asyncio.Future[Any]] = set()
         self._runs: set[Run] = set()
@@ -143,11 +144,14 @@ class Engine:
         """Whether runs wait for each other at a node."""
         return node.spec.max_inflight is not None or node.spec.batching is not None
 
-    def slots(self, node: PlanNode) -> asyncio.Semaphore | None:
-        """How many of a node may run at a time; None for any number."""
+    def slots(self, node: PlanNode) -> Slots | None:
+        """The places at a node; None where there are any number."""
         if node.spec.max_inflight is None:
             return None
-        return self._slots.setdefault(node, asyncio.Semaphore(node.spec.max_inflight))
+        found = self._slots.get(node)
+        if found is None:
+            found = self._slots[node] = Slots(node.name, node.spec.max_inflight, node.spec.max_queued)
+        return found
 
     def batches(self, node: PlanNode) -> Batches:
         """Where the runs that are at a node meet."""

@@ -9,7 +9,6 @@ ends. Decisions of single nodes are theirs (`steps`); what runs share is the eng
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import heapq
 import math
 import time
@@ -22,6 +21,7 @@ from ensemble.batches import Batches
 from ensemble.gradients import Record, Steered
 from ensemble.plan import Plan, PlanNode, Source, Wire
 from ensemble.route import Quorum, Route
+from ensemble.slots import Slot, Slots
 from ensemble.steps import Array, Assembly, Call, Calls, Missing, ModelStep, Outcome, Value, is_pure
 from ensemble.trace import Account, Span, bytes_of
 from ensemble.values import Sizes, Values, given, guarded, node_error, read, read_only, rows_of, stand_in
@@ -30,7 +30,7 @@ from remote_ops.errors import DeadlineExceeded, InternalError, NodeError, Remote
 from remote_ops.telemetry import Record as Sent
 from remote_ops.telemetry import recorded
 
-__all__ = ["Run", "Shared", "Slot"]
+__all__ = ["Run", "Shared"]
 
 _P = ParamSpec("_P")
 
@@ -88,26 +88,11 @@ class Shared(Protocol):
     def is_shared(self, node: PlanNode) -> bool:
         """Whether runs wait for each other at a node."""
 
-    def slots(self, node: PlanNode) -> asyncio.Semaphore | None:
-        """How many of a node may run at a time."""
+    def slots(self, node: PlanNode) -> Slots | None:
+        """The places at a node; None where there are any number."""
 
     def batches(self, node: PlanNode) -> Batches:
         """Where the runs that are at a node meet."""
-
-
-class Slot:
-    """One of the places at a node with `max_inflight`, held until the model is done, whoever still waits for it."""
-
-    def __init__(self, slots: asyncio.Semaphore) -> None:
-        self._slots = slots
-        self.thread: concurrent.futures.Future[Any] | None = None
-
-    def release(self) -> None:
-        """Give it back; where a thread is still at it, when that ends."""
-        if self.thread is None or self.thread.done():
-            return self._slots.release()
-        loop = asyncio.get_running_loop()
-        return self.thread.add_done_callback(lambda _: loop.call_soon_threadsafe(self._slots.release))
 
 
 class Run:
@@ -337,16 +322,24 @@ class Run:
         if is_pure(step):
             return step.run(inputs, wanted)
         slots = self._shared.slots(node)
-        slot = None if slots is None else Slot(slots)
-        if slots is not None:
-            await _acquire(slots, node, bound)
-        try:
-            if not isinstance(step, ModelStep):
-                return await self._control(node, inputs, wanted, f"{_traced(prefix, node)}/", record, bound)
+        if slots is None:
+            return await self._placed(node, inputs, wanted, prefix, record, bound, None)
+        async with slots.taken(self._account, bound) as slot:
+            return await self._placed(node, inputs, wanted, prefix, record, bound, slot)
+
+    async def _placed(
+        self,
+        node: PlanNode,
+        inputs: Any,
+        wanted: Sequence[str],
+        prefix: str,
+        record: Record | None,
+        bound: Deadline,
+        slot: Slot | None,
+    ) -> Mapping[str, Value]:
+        if isinstance(node.step, ModelStep):
             return await self._model(node, inputs, wanted, prefix, bound, slot)
-        finally:
-            if slot is not None:
-                slot.release()
+        return await self._control(node, inputs, wanted, f"{_traced(prefix, node)}/", record, bound)
 
     async def _model(
         self, node: PlanNode, inputs: Any, wanted: Sequence[str], prefix: str, bound: Deadline, slot: Slot | None
@@ -628,14 +621,6 @@ def _is_late(error: BaseException | None, bound: Deadline) -> bool:
     while isinstance(error, NodeError):
         error = error.__cause__
     return isinstance(error, DeadlineExceeded) and bound.remaining() < _CLEANUP_S / 10
-
-
-async def _acquire(slots: asyncio.Semaphore, node: PlanNode, bound: Deadline) -> None:
-    """Wait for a slot, for as long as there is time."""
-    try:
-        await asyncio.wait_for(slots.acquire(), min(max(0.0, bound.remaining()), _LONGEST_S))
-    except asyncio.TimeoutError:
-        raise DeadlineExceeded(f"'{node.name}': its {node.spec.max_inflight} slots were taken until the end") from None
 
 
 async def _all(

@@ -34,6 +34,7 @@ from remote_ops.errors import (
     Overloaded,
     RemoteOpsError,
     SignatureError,
+    answer_of,
 )
 
 Array = npt.NDArray[Any]
@@ -425,6 +426,36 @@ def test_max_inflight_holds_over_all_runs() -> None:
         for run in [ensemble.submit({"x": rows()}) for _ in range(20)]:
             run.result(10)
     assert most[0] == 2
+
+
+@pytest.mark.parametrize("waiting", [0, 1])
+def test_a_run_more_than_may_wait_at_a_node_is_refused_at_once(waiting: int) -> None:
+    release, inside = threading.Event(), threading.Semaphore(0)
+
+    def wait(x: Array) -> Array:
+        inside.release()
+        release.wait(30)
+        return x
+
+    one = node("a", wait, place="thread", max_inflight=1, max_queued=waiting)
+    with Ensemble(plan(node("first", awaited()), one)) as ensemble:
+        runs = [ensemble.submit({"x": rows()}) for _ in range(1 + waiting)]
+        assert inside.acquire(timeout=10)
+        assert until(lambda: len(ensemble._now.engine._slots[one]._waiting) == waiting)
+        with pytest.raises(NodeError, match=f"'a' has 1 calls in flight and {waiting} runs that wait") as caught:
+            ensemble.infer({"x": rows()})
+        assert isinstance(caught.value.__cause__, Overloaded)
+        assert answer_of(caught.value).status == 429
+        release.set()
+        assert [run.result(10)["y"].shape for run in runs] == [(3, 4)] * len(runs)
+        assert ensemble.infer({"x": rows()})["y"].shape == (3, 4)
+
+
+def test_calls_of_one_run_wait_for_each_other_where_no_other_run_may() -> None:
+    body = plan(node("one", lambda x: x, place="thread", max_inflight=1, max_queued=0))
+    graph = plan(node("each", Items(), children={"body": body}))
+    with Ensemble(graph, threads=4) as ensemble:
+        np.testing.assert_array_equal(ensemble(rows(20)), rows(20))
 
 
 def test_runs_at_one_node_at_a_time_share_calls() -> None:

@@ -261,6 +261,7 @@ def test_a_document_of_another_version_is_still_checked() -> None:
         ("{kind: remote, url: u, on_error: ski}", "'fail' or 'skip' or a mapping, got 'ski'; did you mean 'skip'?"),
         ("{kind: remote, url: u, headers: {X: 5}}", "'headers.X' of node 'a': expected text, got 5; put it in quotes"),
         ("{kind: remote, url: u, max_inflight: 0}", "'max_inflight' of node 'a': expected more than 0, got 0"),
+        ("{kind: remote, url: u, max_queued: 1}", "'max_queued' without 'max_inflight' is for nothing"),
         ("{kind: remote, url: u, max_inflight: true}", "'max_inflight' of node 'a': expected a whole number, got true"),
         ("{kind: onnx, path: [x]}", "'path' of node 'a': expected text, got a list"),
         ("{kind: onnx, path: }", "'path' of node 'a': expected text, got nothing"),

@@ -35,7 +35,7 @@ ROOMS = {
         ("__main__",),
     ),
     "ensemble": (
-        ("faults", "forms", "steps", "breaker", "door", "ready"),
+        ("faults", "forms", "steps", "breaker", "door", "slots", "ready"),
         ("document", "wording", "agreement", "rows", "predicate", "trace", "nodes.node", "nodes.function"),
         ("plan", "assembly", "batches", "levels", "metadata", "nodes.controller"),
         ("operations", "values"),
@@ -107,7 +107,7 @@ OWNERS = {
 IO = {"socket", "asyncio", "ssl", "selectors"}
 CLOCKS = {"time", "threading"}
 DECIDING = ROOMS["ensemble"][:9]
-ACTING = {"breaker", "door", "batches", "metadata", "gradients"}  # of those, the ones that wait or look at a clock
+ACTING = {"breaker", "door", "slots", "batches", "metadata", "gradients"}  # of those, who waits or looks at a clock
 PURE = {
     "remote_ops.graphpipe": IO,
     "remote_ops.oip": IO,

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ensemble.faults import Path, meant
@@ -318,7 +318,11 @@ class NodeSpec(Model):
     timeout: Seconds | None = None
     """How long it may take, such as `150ms`; never longer than the run has left."""
     max_inflight: int | None = Field(default=None, gt=0)
-    """How many runs may be at this node at once; one more waits."""
+    """How many calls of this node may be in flight at once, over all runs; one more waits."""
+    max_queued: int | None = Field(default=None, ge=0)
+    """With `max_inflight`: how many runs may wait there; one more is refused at once. Any number, unless said. Calls of
+    a run that is there already wait in any case.
+    """
     batching: Batching | None = None
     """Serve runs that are at this node at the same time by one call of its model."""
     description: str = ""
@@ -326,6 +330,12 @@ class NodeSpec(Model):
 
     PURE: ClassVar[bool] = False
     MODEL: ClassVar[Literal["local", "remote"] | None] = None  # a servable to open; a remote one is asked over the net
+
+    @model_validator(mode="after")
+    def _queues_for_something(self) -> NodeSpec:
+        if self.max_queued is not None and self.max_inflight is None:
+            raise ValueError("'max_queued' without 'max_inflight' is for nothing: say how many may be there at once")
+        return self
 
     def edges(self) -> Iterator[EdgeAt]:
         """Every edge into this node."""
