@@ -321,7 +321,7 @@ async def _found(
     reached = list(dict.fromkeys([*forward, *cotangents]))
     values = await engine.run(plan, given, reached, bound, account, record=record)
     wanted = [name.removeprefix("gradient:") for name in gradients]
-    pulled = await pull(plan, record, cotangents, wanted, bound, engine)
+    pulled = await pull(plan, record, cotangents, wanted, bound, engine, account)
     found = _there(plan, {name: values[name] for name in forward})
     return {name: found[name] if name in found else pulled[name.removeprefix("gradient:")] for name in names}
 

@@ -7,6 +7,7 @@ chose a way (a predicate, an accept rule, a weight, a label) is a constant: the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ import numpy as np
 
 from ensemble.assembly import gather, scatter
 from ensemble.plan import Plan, PlanNode, Source, Wire
-from ensemble.steps import Array, Assembly, Call, Missing, ModelStep, Outcome, Value
+from ensemble.slots import Slot
+from ensemble.steps import Array, Assembly, Call, Missing, ModelStep, Outcome, Value, is_pure
 from ensemble.values import given, node_error
 from remote_ops.deadline import Deadline
 from remote_ops.errors import DeadlineExceeded, NotDifferentiable, RemoteOpsError
@@ -125,10 +127,19 @@ def _is_float(dtype: str | None) -> bool:
 
 
 async def pull(
-    plan: Plan, record: Record, cotangents: Mapping[str, Array], wanted: Collection[str], bound: Deadline, engine: Any
+    plan: Plan,
+    record: Record,
+    cotangents: Mapping[str, Array],
+    wanted: Collection[str],
+    bound: Deadline,
+    engine: Any,
+    run: Any,
 ) -> dict[str, Array]:
-    """The gradients of the inputs wanted; zeros where nothing of an input reached an output that has a cotangent."""
-    found = await _Pull(plan, record, bound, engine).run(cotangents, wanted)
+    """The gradients of the inputs wanted; zeros where nothing of an input reached an output that has a cotangent.
+
+    `run` is what the places at nodes with `max_inflight` are taken for: the same as in the forward pass.
+    """
+    found = await _Pull(plan, record, bound, engine, run).run(cotangents, wanted)
     gradients = {}
     for name in wanted:
         given = record.values[Source("inputs", name)]
@@ -141,11 +152,12 @@ async def pull(
 class _Pull:
     """One reverse pass over one plan."""
 
-    def __init__(self, plan: Plan, record: Record, bound: Deadline, engine: Any) -> None:
+    def __init__(self, plan: Plan, record: Record, bound: Deadline, engine: Any, run: Any) -> None:
         self._plan = plan
         self._record = record
         self._bound = bound
         self._engine = engine
+        self._run = run
         self._found: dict[Source, Array] = {}
 
     async def run(self, cotangents: Mapping[str, Array], wanted: Collection[str]) -> dict[Source, Array]:
@@ -247,14 +259,22 @@ class _Pull:
     ) -> dict[str, Array]:
         """The gradients of a node by its inputs."""
         step: Any = node.step
-        if isinstance(step, ModelStep):
-            return await self._of_model(node, step, inputs, cotangents, wanted)
-        if steered is None:
-            return step.vjp(inputs, outputs, cotangents)  # type: ignore[no-any-return]
-        return await self._of_controller(node, inputs, cotangents, wanted, steered)
+        if is_pure(step):
+            return step.vjp(inputs, outputs, cotangents)
+        slots = self._engine.slots(node)
+        async with contextlib.nullcontext() if slots is None else slots.taken(self._run, self._bound) as slot:
+            if steered is not None:
+                return await self._of_controller(node, inputs, cotangents, wanted, steered)
+            return await self._of_model(node, step, inputs, cotangents, wanted, slot)
 
     async def _of_model(
-        self, node: PlanNode, step: ModelStep, inputs: Mapping[str, Any], cotangents: Mapping[str, Array], wanted: Any
+        self,
+        node: PlanNode,
+        step: ModelStep,
+        inputs: Mapping[str, Any],
+        cotangents: Mapping[str, Array],
+        wanted: Any,
+        slot: Slot | None,
     ) -> dict[str, Array]:
         signature: Signature = step.servable.signature
         floats = [spec.name for spec in signature.inputs if spec.name in wanted and spec.is_float]
@@ -264,10 +284,11 @@ class _Pull:
         if not floats:
             return {}
         given = {f"cotangent:{step.renames.get(name, name)}": array for name, array in cotangents.items()}
-        asked = step._replace(renames={})
-        names = [f"gradient:{name}" for name in floats]
-        made: PlanNode = PlanNode(node.name, node.spec, asked, node.wires, node.outputs)
-        found = await self._engine.model(made, {**inputs, **given}, names, self._bound)
+        names, request = [f"gradient:{name}" for name in floats], {**inputs, **given}
+        if node.spec.batching is not None:
+            found = await self._engine.batches(node).infer(request, names, self._bound)
+        else:
+            found = await self._engine.model(node, request, names, self._bound, slot)
         return {name: found[f"gradient:{name}"] for name in floats}
 
     async def _of_controller(
@@ -295,7 +316,7 @@ class _Pull:
         names = [name for name in call.inputs if name in wanted]
         if isinstance(child, Plan):
             assert inner is not None
-            return await pull(child, inner, cotangents, names, self._bound, self._engine)
+            return await pull(child, inner, cotangents, names, self._bound, self._engine, self._run)
         steered = inner.steered.get(child.name) if inner is not None else None
         sources = {wire.name: wire.source.name for wire in child.wires if wire.source.name in names}
         inputs = given(child, call.inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from test_ensemble_engine import Mean, Quorum, fails
 import server_ref
 from ensemble.ensemble import Ensemble
 from ensemble.forms import Form
-from ensemble.nodes.node import Default
+from ensemble.nodes.node import Batching, Default
 from ensemble.steps import Assembly, Call, Calls, Piece
 from remote_ops import Endpoint, FunctionServable, TensorSpec
 from remote_ops.errors import NotDifferentiable
@@ -92,6 +93,44 @@ def test_branches_answer_their_gradients_at_once() -> None:
         x = rows()
         found = ensemble.infer({"x": x, "cotangent:y": np.ones_like(x)}, ["gradient:x"])
     np.testing.assert_allclose(found["gradient:x"], 2 * x, rtol=1e-6)
+
+
+def test_gradients_keep_to_the_places_of_a_node() -> None:
+    most, now, lock = [0], [0], threading.Lock()
+
+    def counted(inputs: Any, cotangents: Any) -> Any:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.005)
+        with lock:
+            now[0] -= 1
+        return {"x": cotangents["y"]}
+
+    graph = plan(node("a", function(lambda x: x, vjp=counted), place="thread", max_inflight=2))
+    with Ensemble(graph, threads=8) as ensemble:
+        x = rows()
+        runs = [ensemble.submit({"x": x, "cotangent:y": x}, ["gradient:x"]) for _ in range(12)]
+        for run in runs:
+            np.testing.assert_array_equal(run.result(10)["gradient:x"], x)
+    assert most[0] == 2
+
+
+def test_gradients_of_runs_at_one_node_share_calls() -> None:
+    asked: list[int] = []
+
+    def vjp(inputs: Any, cotangents: Any) -> Any:
+        asked.append(len(inputs["x"]))
+        return {"x": 2 * inputs["x"] * cotangents["y"]}
+
+    model = function(lambda x: x**2, vjp=vjp)
+    graph = plan(node("a", model, place="thread", batching=Batching(max_size=8, max_delay="5s")))
+    with Ensemble(graph) as ensemble:
+        given = [rows(1, seed) for seed in range(8)]
+        runs = [ensemble.submit({"x": x, "cotangent:y": np.ones_like(x)}, ["gradient:x"]) for x in given]
+        for x, run in zip(given, runs, strict=True):
+            np.testing.assert_allclose(run.result(10)["gradient:x"], 2 * x, rtol=1e-6)
+    assert asked == [8]
 
 
 class Square:
