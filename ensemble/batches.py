@@ -6,6 +6,7 @@ It knows no graph. Changing, on the loop only: the batches that still take rows.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +14,10 @@ import numpy as np
 
 from ensemble.nodes.node import Batching
 from ensemble.steps import Array
+from ensemble.trace import bytes_of
 from remote_ops.deadline import Deadline
 from remote_ops.errors import InternalError, SignatureError
+from remote_ops.telemetry import Record, recorded
 
 __all__ = ["Batches"]
 
@@ -30,6 +33,7 @@ class _Batch:
         self.answers: list[asyncio.Future[dict[str, Array]]] = []
         self.bound = bound
         self.timer: asyncio.TimerHandle | None = None
+        self.sent: list[Record] = []
 
 
 class Batches:
@@ -46,8 +50,17 @@ class Batches:
         self._open: dict[Any, _Batch] = {}
         self._running: set[asyncio.Future[Any]] = set()
 
-    async def infer(self, inputs: Mapping[str, Array], wanted: Sequence[str], bound: Deadline) -> dict[str, Array]:
+    async def infer(
+        self,
+        inputs: Mapping[str, Array],
+        wanted: Sequence[str],
+        bound: Deadline,
+        sent: list[Record] | None = None,
+    ) -> dict[str, Array]:
         """The outputs for these rows, each `(rows, *item)`; waits for others, but never beyond its deadline.
+
+        To `sent` are added the requests of the call that served them: of each run that has a part in it, the whole. One
+        of a model of this process counts as a request, whose time is all wait for the model.
 
         Raises:
             SignatureError: the inputs do not share axis 0.
@@ -67,7 +80,11 @@ class Batches:
             self._go(key, wanted)
         else:
             self._time(batch, key, wanted, bound)
-        return await answer
+        try:
+            return await answer
+        finally:
+            if sent is not None:
+                sent += batch.sent
 
     def _time(self, batch: _Batch, key: Any, wanted: Sequence[str], bound: Deadline) -> None:
         """See to it that a batch goes when the first of its calls, or the one with the least time left, says so."""
@@ -101,7 +118,7 @@ class Batches:
 
     async def _run(self, batch: _Batch, wanted: Sequence[str]) -> None:
         try:
-            found = await self._model(_stacked(batch.inputs), wanted, batch.bound)
+            found = await self._called(batch, _stacked(batch.inputs), wanted)
             parts = _cut(found, batch.rows)
         except BaseException as error:
             failed = InternalError("it was cancelled") if isinstance(error, asyncio.CancelledError) else error
@@ -112,6 +129,22 @@ class Batches:
         for answer, part in zip(batch.answers, parts, strict=True):
             if not answer.done():
                 answer.set_result(part)
+
+    async def _called(self, batch: _Batch, inputs: Mapping[str, Array], wanted: Sequence[str]) -> Mapping[str, Array]:
+        began, outcome = time.monotonic(), "answered"
+        found: Mapping[str, Array] = {}
+        with recorded() as batch.sent:
+            try:
+                found = await self._model(inputs, wanted, batch.bound)
+            except BaseException as error:
+                outcome = type(error).__name__
+                raise
+            finally:
+                if not batch.sent:
+                    what, took_s = f"a call of {sum(batch.rows)} rows", time.monotonic() - began
+                    sizes = bytes_of(inputs.values()), bytes_of(found.values())
+                    batch.sent.append(Record(what, 1, outcome, began, took_s, *sizes, waiting_s=took_s))
+        return found
 
 
 def _rows_of(inputs: Mapping[str, Array]) -> int:

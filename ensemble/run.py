@@ -346,14 +346,21 @@ class Run:
     ) -> Mapping[str, Value]:
         if self._trace is None:
             return await self._answer(node, inputs, wanted, bound, slot)
-        with recorded() as self._sent[_traced(prefix, node)]:
-            return await self._answer(node, inputs, wanted, bound, slot)
+        with recorded() as sent:
+            self._sent[_traced(prefix, node)] = sent
+            return await self._answer(node, inputs, wanted, bound, slot, sent)
 
     async def _answer(
-        self, node: PlanNode, inputs: Any, wanted: Sequence[str], bound: Deadline, slot: Slot | None
+        self,
+        node: PlanNode,
+        inputs: Any,
+        wanted: Sequence[str],
+        bound: Deadline,
+        slot: Slot | None,
+        sent: list[Sent] | None = None,
     ) -> Mapping[str, Value]:
         if node.spec.batching is not None:
-            return await self._shared.batches(node).infer(inputs, wanted, bound)
+            return await self._shared.batches(node).infer(inputs, wanted, bound, sent)
         found: Mapping[str, Value] = await self._shared.model(node, inputs, wanted, bound, slot)
         return found
 

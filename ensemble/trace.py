@@ -27,7 +27,7 @@ class Span(NamedTuple):
         ended: when its outputs were there.
         bytes_in, bytes_out: of its tensors.
         outcome: `ok`, the class of the error, or `cancelled` where nobody waited for it any more.
-        sent: the requests that it sent.
+        sent: the requests that it sent; where it shared a call with other runs (`batching`), that call.
     """
 
     node: str

@@ -17,6 +17,7 @@ import pytest
 from plans import ROWS, function, node, plan, rows, wire
 from rawpeer import until
 
+import server_ref
 from ensemble.ensemble import Ensemble
 from ensemble.forms import Form
 from ensemble.nodes.node import Batching, Default
@@ -24,7 +25,7 @@ from ensemble.plan import Plan, PlanInput, PlanNode
 from ensemble.serial import run_serial
 from ensemble.steps import Assembly, Call, Calls, ModelStep, Piece
 from ensemble.trace import trace_of
-from remote_ops import Deadline
+from remote_ops import Deadline, Endpoint, Retry
 from remote_ops.deadline import deadline
 from remote_ops.errors import (
     DeadlineExceeded,
@@ -591,6 +592,29 @@ def test_a_trace_says_of_every_node_when_it_was_ready_began_and_ended() -> None:
     assert [span.node for span in trace.critical_path()] == ["a", "b", "c"]
     assert [(span.bytes_in, span.bytes_out) for span in trace.spans] == [(48, 48)] * 3
     assert result.digest == graph.digest
+
+
+@pytest.mark.parametrize("place", ["thread", "remote"])
+@pytest.mark.parametrize("fn", [lambda x: 2 * x, fails])
+def test_every_run_that_shared_a_call_has_it_in_its_trace(place: str, fn: Any) -> None:
+    batching = Batching(max_size=3, max_delay="5s")
+    with server_ref.running({"m": function(fn)}) as url, Endpoint(url, retry=Retry(attempts=1)) as endpoint:
+        step = ModelStep(endpoint, {}, "loop") if place == "remote" else ModelStep(function(fn), {}, "thread")
+        with Ensemble(plan(node("a", step, batching=batching))) as ensemble:
+            runs = [ensemble.submit({"x": rows(1, seed)}, trace=True) for seed in range(3)]
+            spans = [span_of(run) for run in runs]
+    (shared,) = {span.sent for span in spans}
+    (sent,) = shared
+    assert sent.url == ("a call of 3 rows" if place == "thread" else url)
+    assert (sent.outcome == "answered") == (fn is not fails)
+    assert all(span.queue_s + span.compute_s + span.network_s < span.ended - span.ready + 1e-6 for span in spans)
+
+
+def span_of(run: Any) -> Any:
+    error = run.exception(10)
+    trace = run.result().trace if error is None else trace_of(error)
+    (span,) = trace.spans
+    return span
 
 
 @pytest.mark.parametrize("how", ["fails", "late"])
