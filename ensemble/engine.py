@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import logging
 import os
 import weakref
@@ -36,6 +37,7 @@ __all__ = ["Engine"]
 
 log = logging.getLogger("ensemble")
 
+_MOST_ROUTES = 256  # kept, of all graphs and bodies that it runs
 _MOST_MIRRORS = 64  # under way at a time, so that a slow one does not pile up tensors
 
 _IS_MIRROR: contextvars.ContextVar[bool] = contextvars.ContextVar("ensemble_is_mirror", default=False)
@@ -50,7 +52,7 @@ class Engine:
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
-        self._routes: dict[tuple[Plan, tuple[str, ...] | None], Route] = {}
+        self._routes = functools.lru_cache(_MOST_ROUTES)(route_of)
         self._closed = False
         self.dropped = 0  # nodes that were still on a thread when their run had ended
         self._begin()
@@ -80,17 +82,16 @@ class Engine:
         run = Run(self, plan, self.route(plan, wanted), values, sizes, bound, account or Account(), prefix, record)
         self._runs.add(run)
         try:
-            return await run.outputs()
+            found = await run.outputs()
         finally:
             self._runs.discard(run)
+        return found if wanted is None else {name: found[name] for name in wanted}
 
     def route(self, plan: Plan, wanted: Sequence[str] | None) -> Route:
-        """The route to some outputs; found once."""
-        key = (plan, None if wanted is None else tuple(wanted))
-        route = self._routes.get(key)
-        if route is None:
-            route = self._routes[key] = route_of(plan, wanted)
-        return route
+        """The route to some outputs, whatever their order; found once, while it is among those last asked for."""
+        if wanted is None or len(wanted) == len(plan.outputs) == 1:
+            return self._routes(plan, None)
+        return self._routes(plan, tuple([wire.name for wire in plan.outputs if wire.name in wanted]))
 
     def close(self) -> None:
         """Give up what runs, and let the threads go; what runs there is not waited for."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import pickle
 import threading
 import time
@@ -133,6 +134,19 @@ def test_what_the_outputs_do_not_need_does_not_run_even_if_it_feeds_what_they_ne
         assert ran == ["a", "b"]
         ensemble.infer({"x": rows()}, ["of_c", "of_a"])
     assert ran == ["a", "b", "a", "c"]
+
+
+def test_any_order_of_outputs_comes_as_asked_and_what_is_kept_of_them_is_bounded() -> None:
+    names = [f"o{index}" for index in range(9)]
+    graph = plan(*[node(name, lambda x, k=k: x + k) for k, name in enumerate(names)], outputs={n: n for n in names})
+    with Ensemble(graph) as ensemble:
+        for order in itertools.permutations(names[:3]):
+            assert list(ensemble.infer({"x": rows()}, order)) == list(order)
+        assert ensemble._now.engine._routes.cache_info().currsize == 1
+        for count in range(1, 9):
+            for some in itertools.combinations(names, count):
+                assert list(ensemble.infer({"x": rows(1)}, some)) == list(some)
+        assert ensemble._now.engine._routes.cache_info().currsize == 256
 
 
 def test_a_model_is_asked_only_for_the_outputs_that_are_read() -> None:
