@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ensemble.faults import Fault, GraphFaults
 from ensemble.graph import build
@@ -57,6 +57,9 @@ def check(path: str, *, strict: bool = False, metadata: str | None = None, offli
         strict: whether what nothing uses is a fault, besides what the document says.
         metadata: instead of what the document says; the path in `file:PATH` is relative to here, not to the document.
         offline: ask no remote model: what a file of metadata does not say of it is not known.
+
+    What is said of metadata holds for graphs that are nodes, too, unless they say `metadata: file:PATH` themselves.
+
 
     Raises:
         SpecError: there is no such file, or it is no text.
@@ -123,12 +126,15 @@ def record(plan: Plan, path: str) -> int:
 
 
 def remote_signatures(plan: Plan) -> dict[str, Signature]:
-    """The signatures of the remote models of a graph, by the names of their nodes."""
-    return {
-        node.name: node.step.servable.signature
-        for node in _nodes(plan)
-        if node.spec.MODEL == "remote" and isinstance(node.step, ModelStep)
-    }
+    """The signatures of the remote models of a graph, by the names of their nodes; `NODE/NODE` in a graph in it."""
+    found: dict[str, Signature] = {}
+    for node in _nodes(plan):
+        if isinstance(node.step, ModelStep) and node.spec.MODEL == "remote":
+            found[node.name] = node.step.servable.signature
+        elif isinstance(node.step, ModelStep) and node.spec.kind == "graph":
+            inner: Any = node.step.servable
+            found |= {f"{node.name}/{name}": one for name, one in remote_signatures(inner.plan).items()}
+    return found
 
 
 def _nodes(plan: Plan) -> Iterator[PlanNode]:

@@ -18,7 +18,7 @@ from ensemble.faults import FaultList
 from ensemble.forms import Form
 from ensemble.layout import Layout
 from ensemble.levels import Level, Origin, Read, connect
-from ensemble.metadata import Identity, Models, Opener, signatures_in
+from ensemble.metadata import AROUND, Around, Identity, Models, Opener, signatures_in
 from ensemble.nodes.model import identity as identity_of
 from ensemble.nodes.model import open_servable
 from ensemble.nodes.node import Default, NodeSpec
@@ -39,7 +39,7 @@ def build(
     document: Document,
     faults: FaultList,
     *,
-    open: Opener = open_servable,
+    open: Opener | None = None,
     identity: Identity = identity_of,
     timeout_s: float = 10.0,
 ) -> Plan:
@@ -48,14 +48,15 @@ def build(
     Args:
         document: as `spec` read it.
         faults: those found so far; more are added, warnings included.
-        open: gets the servable of a model node, given the file.
+        open: gets the servable of a model node, given the file; unless given, as for the graph that this is a node of.
         identity: nodes of equal identity share a servable.
         timeout_s: for asking all remote models for their signatures, which are asked at the same time; seconds.
 
     Raises:
         GraphFaults: the document has faults; all of them at once.
 
-    Opens every model, and asks the remote ones unless `metadata: file:PATH` says what they are; runs none.
+    Opens every model, and asks the remote ones unless `metadata: file:PATH` says what they are; runs none. What
+    `metadata` says holds for a graph that is a node, too, unless that says `file:PATH` itself.
     """
     with _once_at_a_time(faults.file):
         return _Builder(document, faults, open, identity, timeout_s).build()
@@ -78,7 +79,7 @@ class _Builder:
     """What is known of one document while it is built."""
 
     def __init__(
-        self, document: Document, faults: FaultList, open: Opener, identity: Identity, timeout_s: float
+        self, document: Document, faults: FaultList, open: Opener | None, identity: Identity, timeout_s: float
     ) -> None:
         self.document = document
         self.faults = faults
@@ -87,8 +88,10 @@ class _Builder:
         connect(self.root, faults)
         self.graphs = _graphs(self.root)
         self.orders: dict[Level, list[str]] = {}
-        models = Models(open, identity, faults.file, self._signatures(), timeout_s)
-        tolerant = document.metadata == "warn"
+        around = AROUND.get() or Around(open_servable, False, None, "")
+        is_told, tolerant = document.metadata.startswith("file:"), around.tolerant or document.metadata == "warn"
+        known, prefix = (self._signatures(), "") if is_told else (around.known, around.prefix)
+        models = Models(open or around.open, identity, faults.file, known, timeout_s, prefix, tolerant)
         self.checker = Checker(document.inputs, self.orders.__getitem__, models, faults, tolerant=tolerant)
 
     def build(self) -> Plan:
@@ -108,13 +111,10 @@ class _Builder:
         self.faults.raise_if_any()  # a step may find one more
         return plan
 
-    def _signatures(self) -> Mapping[str, Signature] | SpecError | None:
+    def _signatures(self) -> Mapping[str, Signature] | SpecError:
         """Those of `metadata: file:PATH`."""
-        mode, _, path = self.document.metadata.partition(":")
-        if mode != "file":
-            return None
         try:
-            return signatures_in(path, self.faults.file)
+            return signatures_in(self.document.metadata.removeprefix("file:"), self.faults.file)
         except SpecError as error:
             self.faults.add("E116", ("metadata",), str(error))
             return error

@@ -18,7 +18,7 @@ from ensemble.levels import Level, Origin, Read
 from ensemble.metadata import Models
 from ensemble.nodes.node import Edge, NodeSpec, TensorText
 from ensemble.operations import NAMES, operation
-from ensemble.plan import Operation
+from ensemble.plan import Operation, Plan
 from remote_ops.errors import SpecError
 from remote_ops.servable import Servable
 
@@ -323,6 +323,8 @@ class NodeScope:
         opened = self._checker.models.of(self._level.prefix + self._name, spec)
         if opened.error is not None:
             self._note(opened.error, spec)
+        elif spec.kind == "graph" and isinstance(plan := getattr(opened.servable, "plan", None), Plan):
+            self.faults.all += [fault for fault in plan.warnings if fault not in self.faults.all]
         return opened.servable if opened.signature is not None else None
 
     def _note(self, error: Exception, spec: NodeSpec) -> None:

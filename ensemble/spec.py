@@ -101,7 +101,9 @@ class Document(Model):
     admission: Admission | None = None
     """How much may be going on at once; 64 runs, and 128 that wait, unless said."""
     metadata: Annotated[str, AfterValidator(_metadata)] = "require"
-    """Where a model cannot be asked what it takes: `require` is a fault, `warn` goes on, `file:PATH` has a record."""
+    """Where a model cannot be asked what it takes: `require` is a fault, `warn` goes on, `file:PATH` has a record.
+    It holds for graphs in this one, too, unless they have a record of their own.
+    """
     strict: bool = False
     """Whether nodes and outputs that nothing uses are faults, not warnings."""
 

@@ -219,6 +219,56 @@ def test_what_remote_models_say_is_recorded_and_checked_by_later(
     assert main(["check", file, file, "--record", "models.json"]) == 2
 
 
+OUTER = """\
+ensemble: 1
+{metadata}
+inputs: {{x: {{dtype: float32, shape: [N, 4]}}}}
+outputs: {{y: again.y}}
+nodes:
+  inner: {{kind: graph, ref: inner.yaml, inputs: {{x: $inputs.x}}}}
+  again: {{kind: graph, ref: ./inner.yaml, inputs: {{x: inner.y}}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "metadata"),
+    [(["--offline"], ""), (["--metadata", "warn"], ""), ([], "metadata: warn"), (["--offline"], "metadata: require")],
+)
+def test_what_is_said_of_remote_models_holds_for_graphs_in_graphs(
+    flags: list[str], metadata: str, tmp_path: Path, capsys: Printed
+) -> None:
+    inner = written(tmp_path / "inner.yaml", REMOTE.format(url="http://127.0.0.1:1/m"))
+    outer = written(tmp_path / "outer.yaml", OUTER.format(metadata=metadata))
+    assert main(["check", outer, *flags]) == 0
+    printed = capsys.readouterr().out
+    assert f"W116 {inner}:5:8 node 'far'" in printed
+    assert ("not asked, because of --offline" in printed) == ("--offline" in flags)
+
+
+def test_what_remote_models_of_graphs_in_graphs_say_is_recorded_too(tmp_path: Path, capsys: Printed) -> None:
+    models = str(tmp_path / "models.json")
+    outer = written(tmp_path / "outer.yaml", OUTER.format(metadata=""))
+    with server_ref.running({"double": double}) as url:
+        written(tmp_path / "inner.yaml", REMOTE.format(url=url))
+        assert main(["check", outer, "--record", models]) == 0
+    assert [*json.loads(Path(models).read_text())] == ["inner/far", "again/far"]
+    assert main(["check", outer]) == 1
+    assert main(["check", outer, "--metadata", f"file:{models}"]) == 0
+    told = written(tmp_path / "told.yaml", OUTER.format(metadata="metadata: file:models.json"))
+    assert main(["check", told]) == 0
+    Path(models).write_text("{}")
+    capsys.readouterr()
+    assert main(["check", told]) == 1
+    assert "the metadata file has no 'inner/far'" in capsys.readouterr().out
+    own = written(tmp_path / "own.json", json.dumps({"far": {"inputs": ["x: float32 [-1, 4]"], "outputs": []}}))
+    text = (
+        Path(tmp_path / "inner.yaml").read_text().replace("outputs: {y: far.y}", f"outputs: {{}}\nmetadata: file:{own}")
+    )
+    written(tmp_path / "inner.yaml", text)
+    main(["check", told])
+    assert "the metadata file has no" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "args",
     [
