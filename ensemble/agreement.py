@@ -24,6 +24,10 @@ class Agreement:
         words = _words(self.symbols.form(left), left_by, self.symbols.form(right), right_by, is_edge)
         if left.dtype and right.dtype and left.dtype != right.dtype:
             hint = f"; write `cast: {right.dtype}` on this edge" if is_edge else ""
+            if code == "E110":
+                hint = (
+                    f"; put one into a graph (`kind: graph`) whose output says `cast: {left.dtype}`, or {right.dtype}"
+                )
             self._faults.add("E106" if is_edge else code, path, words + hint)
             return UNKNOWN
         found = Form(left.dtype or right.dtype, left.dims if right.dims is None else right.dims)

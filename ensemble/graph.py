@@ -6,7 +6,7 @@ It decides nothing about a single kind of node: those say for themselves what th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 import numpy as np
 
-from ensemble.faults import FaultList
-from ensemble.forms import Form
+from ensemble.faults import FaultList, meant
+from ensemble.forms import Dim, Form
 from ensemble.layout import Layout
 from ensemble.levels import Level, Origin, Read, connect
 from ensemble.metadata import AROUND, Around, Identity, Models, Opener, signatures_in
@@ -162,6 +162,7 @@ class _Builder:
         for name, spec in level.nodes.items():
             if name in level.owner:
                 continue
+            self._check_given(level, flow, name)
             if name not in reached:
                 text = f"node '{name}' leads to no output: read what it gives, or leave it out"
                 self._warn(level.node_path(name), text)
@@ -171,6 +172,30 @@ class _Builder:
                         f"output '{output}' of node '{name}' is read by nobody: read '{name}.{output}', or leave it out"
                     )
                     self._warn((*level.node_path(name), "outputs", output), text)
+
+    def _check_given(self, level: Level, flow: Flow, name: str) -> None:
+        """Note what a node gives on to those that it runs, and none of them takes."""
+        family = level.family(name)
+        takers = [one for one in family if not level.owned.get(one)]
+        if not takers or flow.faulty & {name, *family}:
+            return
+        taken = {theirs for one in takers for theirs in flow.taken[one].values()}
+        known = list(dict.fromkeys(mine for one in takers for mine in flow.taken[one]))
+        for edge in level.nodes[name].edges():
+            if not str(edge.name).startswith("$") and edge.name not in taken:
+                path = (*level.node_path(name), *edge.path)
+                hint = meant(str(edge.name), dict.fromkeys([*self._inputs_known(level, takers), *known]))
+                text = f"input '{edge.name}' of node '{name}' is taken by none of the nodes that it runs{hint}"
+                if hint.startswith(";"):
+                    self.faults.add("E105", path, text)
+                else:
+                    self._warn(path, text)
+
+    def _inputs_known(self, level: Level, names: Iterable[str]) -> Iterator[str]:
+        for name in names:
+            spec = level.nodes[name]
+            signature = self.checker.models.of(level.prefix + name, spec).signature if spec.MODEL else None
+            yield from (one.name for one in signature.inputs) if signature is not None else ()
 
     def _reached(self, level: Level) -> set[str]:
         """The nodes that lead to an output."""
@@ -193,8 +218,11 @@ class _Builder:
         """Hold what stands in for an input that is left out, or a node that failed, against what it stands in for."""
         for name, text in self.document.inputs.items():
             if text.default is not None:
-                self._check_default(("inputs", name, "default"), f"input '{name}'", text.form, text.default)
+                others = [one.form for other, one in self.document.inputs.items() if other != name]
+                at = ("inputs", name, "default")
+                self._check_default(at, f"input '{name}'", text.form, text.default, self._symbols(others))
         for level, flow in self.checker.flows.items():
+            bound = self._symbols(self._inputs_of(level, flow))
             for name, spec in level.nodes.items():
                 if isinstance(spec.on_error, Default):
                     path = (*level.node_path(name), "on_error")
@@ -202,14 +230,37 @@ class _Builder:
                         found = self.checker.agreement.symbols.form(form)
                         if name in level.owner and found.dims:  # it may be given some rows only, which are known then
                             found = found._replace(dims=("rows", *found.dims[1:]))
-                        self._check_default(path, f"output '{output}' of '{name}'", found, spec.on_error.default)
+                        what = f"output '{output}' of '{name}'"
+                        self._check_default(path, what, found, spec.on_error.default, {*bound, "rows"})
 
-    def _check_default(self, path: tuple[str | int, ...], what: str, form: Form, default: Any) -> None:
+    def _inputs_of(self, level: Level, flow: Flow) -> Iterator[Form]:
+        """What a run of a level is given, by which it knows the sizes of symbols."""
+        if level is self.root:
+            yield from (text.form for text in self.document.inputs.values())
+        yield from flow.items.values()
+        yield from (outer.form for outer in flow.outer.values())
+
+    def _symbols(self, forms: Iterable[Form]) -> set[Dim]:
+        symbols = self.checker.agreement.symbols
+        return {dim for form in forms for dim in symbols.form(form).dims or () if isinstance(dim, str)}
+
+    def _check_default(
+        self, path: tuple[str | int, ...], what: str, form: Form, default: Any, bound: Collection[Dim]
+    ) -> None:
+        form = self.checker.agreement.symbols.form(form)
+        unbound = [dim for dim in form.dims or () if isinstance(dim, str) and dim not in bound]
         if form.dtype is not None and not _is_of(form.dtype, default):
             self.faults.add("E106", path, f"{what} is {form}, which cannot be filled with {default!r}")
         elif form.dims is None or None in form.dims:
             text = f"{what} is {form}, and what is filled with {default!r} needs a size on each axis: declare its shape"
             self.faults.add("E107", path, text)
+        elif unbound:
+            text = (
+                f"{what} is {form}, and what is filled with {default!r} needs a size on each axis, but no input has the"
+            )
+            self.faults.add(
+                "E107", path, f"{text} size '{unbound[0]}': expected a number, or the name of a size of an input"
+            )
 
     # ----------------------------------------------------------------------- time
 

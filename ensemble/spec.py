@@ -6,6 +6,7 @@ faults it gives on the parts that have none.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
@@ -215,7 +216,7 @@ class _Reading:
                 return self._checked(self._validated())
             except ValidationError as error:
                 for path in list(self._note_all(error)):
-                    self._cut(path)
+                    self._leave_out(path)
         return None
 
     def _validated(self) -> Document:
@@ -327,7 +328,31 @@ class _Reading:
         if part in (("nodes",), ("outputs",)):
             self.value = {**self.value, part[0]: {}}
 
+    def _leave_out(self, path: Path) -> None:
+        """Take out the key that a path is in where the rest of its node can be checked without it, else the node."""
+        key = self._aside(path, _part(path))
+        if key is None:
+            self._cut(path)
+        else:
+            self.value = _without(self.value, key)
 
+    def _aside(self, path: Path, part: Path) -> Path | None:
+        """The key of a node that a path is in, where the rest of the node means the same without it."""
+        key = path[: len(part) + 1]
+        if len(part) < 2 or part[-2] != "nodes" or key == part or not _is_in(part, self.value):
+            return None
+        known = [name for model in _models_at(part, self.value) for name in field_names(model)]
+        near = [key[-1]] if key[-1] in known else difflib.get_close_matches(str(key[-1]), known, 1)
+        return key if not {*near} - _ASIDE else None
+
+
+# Keys of nodes that decide neither what flows, nor what is opened and trusted.
+_ASIDE = frozenset(
+    [
+        *("timeout", "max_inflight", "max_queued", "batching", "description", "config", "run_in", "mutates"),
+        *("retry", "hedge", "breaker", "device", "providers", "threads", "compile"),
+    ]
+)
 _RESERVED = ("inputs", "item")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _TENSOR = re.compile(r"[^\s$]\S*")
@@ -356,6 +381,14 @@ def _part(path: Path) -> Path:
         if part[-2] in ("nodes", "inputs", "outputs") and (length == 2 or part[-3] == "body"):
             return part
     return path[:1]
+
+
+def _is_in(path: Path, value: Any) -> bool:
+    for step in path:
+        if not isinstance(value, dict) or step not in value:
+            return False
+        value = value[step]
+    return True
 
 
 def _without(value: Any, path: Path) -> Any:

@@ -657,7 +657,7 @@ def test_what_only_looks_useless_because_of_another_fault_is_not_told() -> None:
 # --------------------------------------------------------------------------- E113: values that may be missing
 
 OPTIONAL = """\
-inputs: {x: {dtype: float32, shape: [N, 4], optional: true%s}}
+inputs: {x: {dtype: float32, shape: [2, 4], optional: true%s}}
 outputs: {y: b.y}
 nodes:
   a: {inputs: {x: $inputs.x}%s}
@@ -917,6 +917,29 @@ def test_a_cascade_over_a_split_and_a_fallback_is_a_plan() -> None:
     assert [*small.children] == ["v1", "v2", "v3"]
 
 
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("timeout: soon", "'timeout' of node 'a': expected a length"),
+        ("tiemout: 2s", "node 'a' has no key 'tiemout'; did you mean 'timeout'?"),
+        ("colour: red", "node 'a' has no key 'colour'"),
+        ("retry: {atempts: 2}", "'retry' of node 'a' has no key 'atempts'"),
+        ("batching: {max_delay: 2ms}", "'batching' of node 'a' lacks 'max_size'"),
+    ],
+)
+def test_a_node_is_checked_on_where_what_is_written_wrong_does_not_change_what_flows(written: str, words: str) -> None:
+    text = "ensemble: 1\ninputs: {x: {dtype: float32, shape: [N, 4]}}\noutputs: {y: a.y}\nmetadata: warn\nnodes:\n"
+    text += f"  a: {{kind: remote, url: 'http://127.0.0.1:1/', inputs: {{x: $inputs.z}}, {written}}}\n"
+    document, faults = parse(text, "g.yaml")
+    assert document is not None
+    with pytest.raises(GraphFaults):
+        build(document, faults, timeout_s=5.0)
+    told = [fault for fault in faults.all if not fault.warning]
+    assert [fault.code for fault in told] == ["E101", "E103"]
+    assert words in told[0].text
+    assert "there is no input 'z'" in told[1].text
+
+
 def test_faults_of_writing_and_of_the_graph_are_told_together_and_none_follows_from_another() -> None:
     text = """\
 ensemble: 1
@@ -926,7 +949,7 @@ nodes:
   a: {kind: onyx, inputs: {x: $inputs.x}}
   b: {kind: fallback, try: [a, s1], inputs: {x: a.y, z: $inputs.z}}
   c: {kind: python, call: "shop.pre:normalise", inputs: {x: c.y}, outputs: {y: {dtype: float32, shape: [N]}}}
-  s1: {kind: onnx, path: s1.onnx, retries: 2}
+  s1: {kind: onnx, path: s1.onnx, outpts: 2}
 """
     document, faults = parse(text, "g.yaml")
     assert document is not None

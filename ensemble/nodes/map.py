@@ -109,10 +109,10 @@ class MapSpec(ControllerSpec):
 
     def _item(self, name: str, form: Form, scope: Scope) -> Form:
         """What the body gets: of several items joined, a first axis that is any multiple of the item's."""
-        if form.dims is None:
-            return form
+        if not form.dims:  # not known, or nothing to take items from, which is noted
+            return form if form.dims is None else UNKNOWN
         if self.unit == "rows":
-            return form._replace(dims=(self._slice(scope), *form.dims[1:])) if form.dims else form
+            return form._replace(dims=(self._slice(scope), *form.dims[1:]))
         if self.chunk == 1 or len(form.dims) < 2:
             return form._replace(dims=form.dims[1:])
         return form._replace(dims=(self._joint(name, scope), *form.dims[2:]))
