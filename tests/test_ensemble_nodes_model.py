@@ -564,6 +564,43 @@ def test_annotations_say_what_goes_in_and_the_node_may_say_more(functions: str, 
     assert [fault[:4] for fault in forms(text, graph, x=Form("uint8", ("N", 4)))[1]] == ["E106"]
 
 
+@pytest.mark.parametrize("what", ["reads", "Reads", "reading"])
+def test_an_option_that_is_a_path_is_relative_to_the_graph(
+    what: str, folder: Path, graph: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source = """
+from __future__ import annotations
+from pathlib import Path
+
+def reads(x, file: Path, word: str = ""):
+    return x + len(file.read_text()) + len(word)
+
+class Reads:
+    def __init__(self, file: str | Path | None = None, word: str = ""):
+        self.file, self.word = file, word
+    def __call__(self, x):
+        return reads(x, self.file, self.word)
+
+def reading(*, file: Path, word: str = ""):
+    return lambda x: reads(x, file, word)
+"""
+    (folder / "path_functions.py").write_text(source)
+    (folder / "four.txt").write_text("four")
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    more = "options: {file: four.txt, word: a/b}, inputs: {x: a.b}, outputs: {y: {dtype: float32, shape: ['?']}}"
+    opened = open_servable(node(f"{{kind: python, call: 'path_functions:{what}', {more}}}"), graph)
+    assert opened.infer({"x": np.zeros(1, np.float32)})["y"].tolist() == [7]
+
+
+def test_the_files_of_ready_nodes_are_relative_to_the_graph(folder: Path, graph: str) -> None:
+    (folder / "names.txt").write_text("cat\ndog\n")
+    text = (
+        "{kind: python, call: 'ensemble.ready.labels:top_k', options: {k: 1, labels: names.txt}, inputs: {probs: a.b}}"
+    )
+    given = open_servable(node(text), graph).infer({"probs": np.array([[0.1, 0.9]], np.float32)})
+    assert given["labels"].tolist() == [["dog"]]
+
+
 def test_the_config_of_a_python_node_goes_with_the_call(functions: str, graph: str) -> None:
     made = call(functions, graph, "configured", "config: abc")
     assert made.config == b"abc"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, TypeGuard, get_args, get_origin
 
 from remote_ops.errors import SpecError
@@ -37,7 +38,8 @@ def open_function(
         call: a servable; a function whose parameters are the inputs; or a class or a function without inputs that
             makes either of them.
         folder: where modules are looked for too.
-        options: keyword arguments of the function, or of what makes it.
+        options: keyword arguments of the function, or of what makes it; text for a parameter that is annotated as a
+            `Path` becomes one, relative to the folder.
         connected: the inputs that are fed, or how many; a parameter with a default is an input only if it is.
         outputs: what it gives, where its annotations do not say. These do with `Annotated[np.ndarray, TensorSpec(...)]`
             for a parameter or the return value, and a tuple, a NamedTuple or a TypedDict of them.
@@ -52,6 +54,7 @@ def open_function(
     if not callable(found):
         raise SpecError(f"expected a function or a servable, got a {type(found).__name__}", path=call)
     _check_options(call, found, options)
+    options = _placed(found, options, folder)
     names = [] if isinstance(found, type) else _inputs(call, found, options, connected)
     if not names:
         found, options = _made(call, found, options), {}
@@ -150,6 +153,21 @@ def _check_options(call: str, fn: Callable[..., Any], options: Mapping[str, Any]
         known = ", ".join(parameters) or "none"
         hint = did_you_mean(unknown[0], parameters)
         raise SpecError(f"no option '{unknown[0]}': expected some of {known}{hint}", path=call)
+
+
+def _placed(fn: Callable[..., Any], options: Mapping[str, Any], folder: str) -> Mapping[str, Any]:
+    """The options, with those that are paths relative to a folder."""
+    maker: Any = fn
+    hints = _hints(maker.__init__ if isinstance(fn, type) else maker) if options else {}
+    return {name: _in(folder, value) if _is_path(hints.get(name), value) else value for name, value in options.items()}
+
+
+def _is_path(hint: Any, value: Any) -> bool:
+    return isinstance(value, str) and Path in (hint, *get_args(hint))
+
+
+def _in(folder: str, path: str) -> Path:
+    return Path(folder) / Path(path).expanduser()
 
 
 def _inputs(call: str, fn: Callable[..., Any], options: Mapping[str, Any], connected: Sequence[str] | int) -> list[str]:

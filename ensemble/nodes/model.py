@@ -587,7 +587,9 @@ class PythonSpec(ServableSpec):
     mutates: bool = False
     """Whether it writes to its inputs: then it gets copies of those that others read too."""
     options: dict[str, Any] = Field(default={})
-    """Keyword arguments of the function, or of what makes it."""
+    """Keyword arguments of the function, or of what makes it; for a parameter annotated as a `Path`, a path that is
+    relative to the YAML file.
+    """
     config: str = ""
     """Handed to it with every call, where it takes `config`."""
 

@@ -5,6 +5,7 @@ Use: `{kind: python, call: ensemble.ready.tokens:tokenise, options: {file: token
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,11 @@ from remote_ops.signature import Array, TensorSpec
 __all__ = ["tokenise"]
 
 
-def tokenise(*, file: str = "", max_length: int | None = None, padding: str = "longest") -> FunctionServable:
+def tokenise(*, file: Path | str = "", max_length: int | None = None, padding: str = "longest") -> FunctionServable:
     """A servable that tokenises: text string `[N]` to ids int64 `[N, S]`, and mask int64 `[N, S]`, 1 where a token is.
 
     Args:
-        file: a JSON file of the library tokenizers (`tokenizer.json`), relative to the working directory.
+        file: a JSON file of the library tokenizers (`tokenizer.json`); in a graph relative to its YAML file.
         max_length: most tokens of a text, special ones among them; what is longer is cut. None: as the file says.
         padding: shorter texts are filled up to the `longest` of the batch, or to `max_length`.
 
@@ -48,7 +49,7 @@ def tokenise(*, file: str = "", max_length: int | None = None, padding: str = "l
     )
 
 
-def _opened(file: str, max_length: int | None, length: int | None) -> Any:
+def _opened(file: Path | str, max_length: int | None, length: int | None) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
@@ -56,11 +57,11 @@ def _opened(file: str, max_length: int | None, length: int | None) -> Any:
     if not file:
         raise SpecError("tokenise needs a file: write options: {file: tokenizer.json}", path="file")
     try:
-        tokeniser = Tokenizer.from_file(file)
+        tokeniser = Tokenizer.from_file(str(file))
         if max_length is not None:
             tokeniser.enable_truncation(max_length)
     except Exception as error:  # the library raises a bare Exception
-        raise SpecError(f"cannot open the tokeniser: {error}", path=file) from error
+        raise SpecError(f"cannot open the tokeniser: {error}", path=str(file)) from error
     tokeniser.enable_padding(**{**_padding(tokeniser), "length": length})
     return tokeniser
 
