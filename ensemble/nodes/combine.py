@@ -80,7 +80,8 @@ class CombineSpec(NodeSpec):
     """The members by name, or a list of them, which are named by the nodes they come from."""
     weights: dict[str, Number] | None = None
     """By member, 1 unless said, of votes, means and ranks; they count relative to the sum of those that answered.
-    Averages with weights are float64, as numpy's and scikit-learn's.
+    Averages with weights are float64, as numpy's and scikit-learn's; `{from: vote.proba, cast: float32}` where they are
+    read makes them that.
     """
     axis: Annotated[int, Strict()] | None = None
     """The classes of `soft_vote` (-1), what `rank` ranks along (0), where `concat` (-1) or `stack` (1) puts them."""
