@@ -22,11 +22,16 @@ from ensemble.faults import Fault, FaultList, Path, Place, meant
 from ensemble.nodes.cascade import CascadeSpec
 from ensemble.nodes.combine import CombineSpec
 from ensemble.nodes.fallback import FallbackSpec
+from ensemble.nodes.graph import GraphSpec
 from ensemble.nodes.map import MapSpec
-from ensemble.nodes.model import GraphSpec, OnnxSpec, PythonSpec, RemoteSpec, TfSpec, TorchSpec
 from ensemble.nodes.node import Bytes, EdgeText, Model, NodeSpec, Seconds, TensorText
+from ensemble.nodes.onnx import OnnxSpec
+from ensemble.nodes.python import PythonSpec
+from ensemble.nodes.remote import RemoteSpec
 from ensemble.nodes.split import SplitSpec
 from ensemble.nodes.switch import SwitchSpec
+from ensemble.nodes.tf import TfSpec
+from ensemble.nodes.torch import TorchSpec
 from ensemble.wording import field_names, is_meant, models_in, near, path_of, shown, worded
 from remote_ops.errors import SpecError
 

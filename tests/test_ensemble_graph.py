@@ -17,8 +17,9 @@ from ensemble.document import read_yaml
 from ensemble.faults import Fault, FaultList, GraphFaults
 from ensemble.forms import UNKNOWN, Form
 from ensemble.graph import build
-from ensemble.nodes.model import RemoteSpec, ServableSpec
+from ensemble.nodes.model import ServableSpec
 from ensemble.nodes.node import BodyAt, Edge, EdgeAt, Inputs, NodeSpec, Owned, Scope, TensorText
+from ensemble.nodes.remote import RemoteSpec
 from ensemble.plan import Plan, PlanNode, Source, Wire
 from ensemble.spec import Document, parse
 from ensemble.steps import ModelStep

@@ -24,8 +24,10 @@ from ensemble.breaker import Guarded
 from ensemble.faults import FaultList
 from ensemble.faults import Path as SpecPath
 from ensemble.forms import UNKNOWN, Form, Symbols
-from ensemble.nodes.model import PythonSpec, RemoteSpec, ServableSpec, identity, open_servable
+from ensemble.nodes.model import ServableSpec, identity, open_servable
 from ensemble.nodes.node import NodeSpec
+from ensemble.nodes.python import PythonSpec
+from ensemble.nodes.remote import RemoteSpec
 from ensemble.spec import read
 from ensemble.steps import ModelStep
 from remote_ops.client import Endpoint

@@ -17,7 +17,9 @@ import pytest
 
 from ensemble.document import read_yaml
 from ensemble.faults import GraphFaults
-from ensemble.nodes.model import OnnxSpec, PythonSpec, RemoteSpec
+from ensemble.nodes.onnx import OnnxSpec
+from ensemble.nodes.python import PythonSpec
+from ensemble.nodes.remote import RemoteSpec
 from ensemble.spec import json_schema, parse, read, schema_text
 from remote_ops.errors import SpecError
 

@@ -37,10 +37,11 @@ ROOMS = {
     "ensemble": (
         ("faults", "forms", "steps", "breaker", "door", "slots", "ready"),
         ("document", "wording", "agreement", "rows", "predicate", "trace", "nodes.node", "nodes.function"),
-        ("plan", "assembly", "batches", "levels", "metadata", "nodes.controller"),
-        ("operations", "values"),
+        ("plan", "assembly", "batches", "levels", "metadata", "nodes.controller", "nodes.model"),
+        ("operations", "values", "nodes.file"),
         ("combinations", "route", "scope", "gradients", "answers"),
-        tuple(f"nodes.{kind}" for kind in ("model", "combine", "switch", "split", "map", "cascade", "fallback")),
+        tuple(f"nodes.{kind}" for kind in ("remote", "onnx", "torch", "tf", "python", "graph")),
+        tuple(f"nodes.{kind}" for kind in ("combine", "switch", "split", "map", "cascade", "fallback")),
         ("spec",),
         ("layout",),
         ("graph",),
@@ -79,7 +80,7 @@ LAZY = {
         "ensemble",
     },
     "remote_ops.tf": {"remote_ops.torch"},  # RemoteLayer, on Keras' PyTorch backend
-    "ensemble.nodes.model": {"ensemble.ensemble"},  # a graph in a graph
+    "ensemble.nodes.graph": {"ensemble.ensemble"},  # a graph in a graph
 }
 
 # The files or folders that import each of these.
@@ -106,7 +107,7 @@ OWNERS = {
 # Rooms without I/O; and without a clock: policy, and all that decides what a graph is and does.
 IO = {"socket", "asyncio", "ssl", "selectors"}
 CLOCKS = {"time", "threading"}
-DECIDING = ROOMS["ensemble"][:9]
+DECIDING = ROOMS["ensemble"][:10]
 ACTING = {"breaker", "door", "slots", "batches", "metadata", "gradients"}  # of those, who waits or looks at a clock
 PURE = {
     "remote_ops.graphpipe": IO,
@@ -226,7 +227,7 @@ def test_every_package_is_read(package: str) -> None:
         ("server_ref/instances.py", "from torch import cuda", "imported only in remote_ops/torch/"),
         ("remote_ops/servable.py", "import safetensors.torch", "imported only in remote_ops/torch/"),
         ("remote_ops/torch/export.py", "import tensorflow as tf", "imported only in remote_ops/tf/"),
-        ("ensemble/nodes/model.py", "import onnxruntime", "imported only in remote_ops/onnx.py"),
+        ("ensemble/nodes/onnx.py", "import onnxruntime", "imported only in remote_ops/onnx.py"),
         ("ensemble/plot.py", "import networkx", "imported only in ensemble/graph.py"),
         ("server_ref/cache.py", "import lmdb", "imported only in server_ref/rowdisk.py"),
         ("remote_ops/policy.py", "from time import monotonic", "is pure and may not import time"),
@@ -234,7 +235,7 @@ def test_every_package_is_read(package: str) -> None:
         ("remote_ops/oip.py", "import asyncio.streams", "is pure and may not import asyncio"),
         ("remote_ops/http1.py", "async def f():\n    import asyncio", "is pure and may not import asyncio"),
         ("ensemble/steps.py", "from ensemble.nodes.node import NodeSpec", "may not import ensemble.nodes.node"),
-        ("ensemble/nodes/node.py", "from .model import RemoteSpec", "may not import ensemble.nodes.model"),
+        ("ensemble/nodes/node.py", "from .remote import RemoteSpec", "may not import ensemble.nodes.remote"),
         ("ensemble/nodes/split.py", "from ensemble.nodes import map", "may not import ensemble.nodes.map"),
         ("ensemble/graph.py", "def f():\n    from .engine import Engine", "may not import ensemble.engine"),
         ("ensemble/engine.py", "import ensemble", "may not import ensemble.__init__"),
@@ -267,7 +268,7 @@ def test_an_import_that_points_the_wrong_way_is_caught(tmp_path: Path, file: str
         ("remote_ops/torch/graph.py", "from . import model\nfrom .model import TorchModel"),
         ("remote_ops/deadline.py", "import time"),
         ("ensemble/graph.py", "import networkx\nfrom remote_ops.signature import Signature"),
-        ("ensemble/nodes/model.py", "from .node import Model\ndef f():\n    from ensemble.ensemble import load"),
+        ("ensemble/nodes/graph.py", "from .node import Model\ndef f():\n    from ensemble.ensemble import load"),
         ("ensemble/ready/image.py", "from . import labels\nfrom PIL import Image"),
         ("ensemble/engine.py", "import time\nfrom ensemble.steps import Step"),
         ("server_ref/front.py", "import asyncio\nimport ensemble\nfrom remote_ops import http1, Servable"),
