@@ -12,8 +12,8 @@ from typing import ClassVar, TypeAlias
 
 import numpy as np
 
+from ensemble.application import is_float, narrow, wide
 from ensemble.forms import Dim, Form
-from ensemble.operations import is_float, narrow, wide
 from ensemble.steps import Array
 from remote_ops.errors import InvalidRequest, ModelUnavailable, NotDifferentiable
 

@@ -38,7 +38,9 @@ ROOMS = {
         ("faults", "forms", "steps", "breaker", "door", "slots", "ready"),
         ("document", "wording", "agreement", "rows", "predicate", "trace", "nodes.node", "nodes.function"),
         ("plan", "assembly", "batches", "levels", "metadata", "nodes.controller", "nodes.model"),
-        ("operations", "values", "nodes.file"),
+        ("application", "values", "nodes.file"),
+        ("scalars", "axes", "moves"),
+        ("operations",),
         ("combinations", "route", "scope", "gradients", "answers"),
         tuple(f"nodes.{kind}" for kind in ("remote", "onnx", "torch", "tf", "python", "graph")),
         tuple(f"nodes.{kind}" for kind in ("combine", "switch", "split", "map", "cascade", "fallback")),
@@ -96,7 +98,8 @@ OWNERS = {
     **dict.fromkeys(
         ("pydantic", "pydantic_core"),
         (
-            *("ensemble/nodes/", "ensemble/operations.py", "ensemble/spec.py", "ensemble/wording.py"),
+            *("ensemble/nodes/", "ensemble/spec.py", "ensemble/wording.py"),
+            *(f"ensemble/{room}.py" for room in ("application", "scalars", "axes", "moves", "operations")),
             "server_ref/settings.py",
         ),
     ),
@@ -107,7 +110,7 @@ OWNERS = {
 # Rooms without I/O; and without a clock: policy, and all that decides what a graph is and does.
 IO = {"socket", "asyncio", "ssl", "selectors"}
 CLOCKS = {"time", "threading"}
-DECIDING = ROOMS["ensemble"][:10]
+DECIDING = ROOMS["ensemble"][:12]
 ACTING = {"breaker", "door", "slots", "batches", "metadata", "gradients"}  # of those, who waits or looks at a clock
 PURE = {
     "remote_ops.graphpipe": IO,

@@ -15,12 +15,12 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 import numpy as np
 from pydantic import BeforeValidator, Field, Strict, WithJsonSchema, model_validator
 
+from ensemble.application import TAKES, form_of, is_float
 from ensemble.combinations import COMBINATIONS, Combination, Concat, HardVote, Rank, Weights, place_of
 from ensemble.faults import Path, meant
 from ensemble.forms import UNKNOWN, Form
 from ensemble.nodes.function import imported
 from ensemble.nodes.node import EdgeAt, Inputs, Model, NodeSpec, Scope, Seconds, TensorText
-from ensemble.operations import TAKES, form_of, is_float
 from ensemble.steps import Array, Missing, Step, Value
 from remote_ops.errors import InternalError, InvalidRequest, ModelUnavailable, NotDifferentiable, SignatureError
 from remote_ops.signature import Signature, TensorSpec, describe, did_you_mean
