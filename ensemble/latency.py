@@ -96,7 +96,7 @@ def table(traces: Sequence[Trace]) -> str:
     """
     runs = [_by_node(trace) for trace in traces]
     kinds = {span.node: span.kind for trace in traces for span in trace.spans}
-    failed = [span.node for trace in traces for span in trace.spans if span.outcome != "ok"]
+    failed = [span.node for trace in traces for span in trace.spans if span.outcome not in ("ok", "cancelled")]
     lines: list[tuple[str, ...]] = [_HEAD]
     for node in dict.fromkeys(span.node for trace in traces for span in _started(trace.spans)):
         found = [_of_run(run[node]) for run in runs if node in run]

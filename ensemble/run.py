@@ -165,7 +165,7 @@ class Run:
         if tasks:
             await asyncio.wait(tasks, timeout=_CLEANUP_S)
         for index in list(self._began):
-            self._note_cancelled(index)
+            self._note_cancelled(index, time.monotonic())
 
     # which node, and when
 
@@ -541,13 +541,14 @@ class Run:
     def _grace_over(self, index: int) -> None:
         if self._ended_nodes[index] or self._done.done() or not self._waits[index]:
             return
+        now = time.monotonic()
         self._is_ready(index)
         self._advance()
-        self._drop_unread()
+        self._drop_unread(now)
         self._advance()
 
-    def _drop_unread(self) -> None:
-        """Give up the nodes that nobody waits for any more."""
+    def _drop_unread(self, since: float) -> None:
+        """Give up the nodes that nobody waits for any more, since the time given."""
         for index in reversed(range(len(self._route.nodes))):
             if self._ended_nodes[index] or index in self._route.outputs_of:
                 continue
@@ -556,25 +557,32 @@ class Run:
                 if (task := self._tasks.pop(index, None)) is not None:
                     task.cancel()
                 self._ended_nodes[index] = True
-                self._note_cancelled(index)
+                self._note_cancelled(index, since)
                 self._left -= 1
 
     # trace
 
-    def _note_cancelled(self, index: int) -> None:
+    def _note_cancelled(self, index: int, since: float) -> None:
         """A node that began, and that nobody waits for any more."""
         began = self._began.pop(index, None)
         if self._trace is not None and began is not None:
-            self._note(self._route.nodes[index], self._prefix, began, {}, "cancelled")
+            self._note(self._route.nodes[index], self._prefix, began, {}, "cancelled", since)
 
     def _note(
-        self, node: PlanNode, prefix: str, began: tuple[float, float, int], results: Mapping[str, Value], outcome: str
+        self,
+        node: PlanNode,
+        prefix: str,
+        began: tuple[float, float, int],
+        results: Mapping[str, Value],
+        outcome: str,
+        ended: float | None = None,
     ) -> None:
         assert self._trace is not None
         ready, start, size = began
         name = _traced(prefix, node)
         sent, out = tuple(self._sent.pop(name, ())), bytes_of(results.values())
-        self._trace.spans.append(Span(name, node.spec.kind, ready, start, time.monotonic(), size, out, outcome, sent))
+        ended = time.monotonic() if ended is None else max(start, ended)
+        self._trace.spans.append(Span(name, node.spec.kind, ready, start, ended, size, out, outcome, sent))
 
 
 def _too_few(node: PlanNode, quorum: Quorum, values: Values) -> RemoteOpsError:
