@@ -6,6 +6,7 @@ It sums up traces, live ones and those in files; it measures nothing.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -74,6 +75,7 @@ def _moved(event: Mapping[str, Any], process: int, later_us: float) -> dict[str,
 
 # --------------------------------------------------------------------------- the table
 
+_ENDS = {"ok": "", "cancelled": "", "left out": "left out"}  # of spans; all others are errors
 _HEAD = ("node", "kind", "calls", "queue ms", "compute ms", "network ms", "in", "out", "")
 
 
@@ -96,11 +98,12 @@ def table(traces: Sequence[Trace]) -> str:
     """
     runs = [_by_node(trace) for trace in traces]
     kinds = {span.node: span.kind for trace in traces for span in trace.spans}
-    failed = [span.node for trace in traces for span in trace.spans if span.outcome not in ("ok", "cancelled")]
+    outcomes = Counter((span.node, _ENDS.get(span.outcome, "failed")) for trace in traces for span in trace.spans)
     lines: list[tuple[str, ...]] = [_HEAD]
     for node in dict.fromkeys(span.node for trace in traces for span in _started(trace.spans)):
         found = [_of_run(run[node]) for run in runs if node in run]
-        lines.append((node, kinds[node], *_cells(found), f"{failed.count(node)} failed" if node in failed else ""))
+        bad = [f"{count} {what}" for what in ("failed", "left out") if (count := outcomes[node, what])]
+        lines.append((node, kinds[node], *_cells(found), ", ".join(bad)))
     wall_ms = median([1e3 * trace.wall_s for trace in traces])
     middle = min(traces, key=lambda trace: abs(1e3 * trace.wall_s - wall_ms))
     way = " -> ".join(span.node for span in middle.critical_path())

@@ -38,6 +38,7 @@ _CLEANUP_S = 0.05  # how long what is cancelled may take to notice
 _RESERVE_S = 0.02  # how much sooner than the deadline those are given up that somebody makes do without
 _SETTLING_S = 0.01  # what decisions may take once all they wait for is over
 _LONGEST_S = 1e6  # what a timer of asyncio can still count
+_MOST_TOLD = 8  # nodes that an error names
 
 
 def _ends_the_run(method: Callable[Concatenate[Run, _P], None]) -> Callable[Concatenate[Run, _P], None]:
@@ -165,7 +166,7 @@ class Run:
         if tasks:
             await asyncio.wait(tasks, timeout=_CLEANUP_S)
         for index in list(self._began):
-            self._note_cancelled(index, time.monotonic())
+            self._note_given_up(index, "cancelled", time.monotonic())
 
     # which node, and when
 
@@ -510,17 +511,19 @@ class Run:
 
     @_ends_the_run
     def _late(self, index: int | None = None) -> None:
-        """The deadline has passed: say which nodes were at it."""
+        """The deadline has passed: say which nodes were at it, and which were still to come."""
         if self._done.done():
             return
         now = time.monotonic()
-        at_it = dict.fromkeys([*([index] if index is not None else []), *self._began])
+        to_come = [one for one, ended in enumerate(self._ended_nodes) if not ended]
+        left = list(dict.fromkeys([*([index] if index is not None else []), *self._began, *to_come]))
         names = [
             f"'{self._route.nodes[one].name}' ({self._route.nodes[one].spec.kind}, "
             + (f"{now - self._began[one][1]:.3f} s at it)" if one in self._began else "not started)")
-            for one in at_it
+            for one in left[:_MOST_TOLD]
         ]
-        what = ", ".join(names) or "nothing"
+        more = f" and {len(left) - _MOST_TOLD} more" if len(left) > _MOST_TOLD else ""
+        what = (", ".join(names) or "nothing") + more
         if index is not None:
             self._began.pop(index, None)
         self.give_up(
@@ -547,8 +550,8 @@ class Run:
         self._drop_unread(now)
         self._advance()
 
-    def _drop_unread(self, since: float) -> None:
-        """Give up the nodes that nobody waits for any more, since the time given."""
+    def _drop_unread(self, now: float) -> None:
+        """Give up the nodes that nobody has waited for since `now`."""
         for index in reversed(range(len(self._route.nodes))):
             if self._ended_nodes[index] or index in self._route.outputs_of:
                 continue
@@ -557,16 +560,16 @@ class Run:
                 if (task := self._tasks.pop(index, None)) is not None:
                     task.cancel()
                 self._ended_nodes[index] = True
-                self._note_cancelled(index, since)
+                self._note_given_up(index, "left out", now)
                 self._left -= 1
 
     # trace
 
-    def _note_cancelled(self, index: int, since: float) -> None:
-        """A node that began, and that nobody waits for any more."""
+    def _note_given_up(self, index: int, outcome: str, since: float) -> None:
+        """A node that began, and that nobody has waited for since the time given."""
         began = self._began.pop(index, None)
         if self._trace is not None and began is not None:
-            self._note(self._route.nodes[index], self._prefix, began, {}, "cancelled", since)
+            self._note(self._route.nodes[index], self._prefix, began, {}, outcome, since)
 
     def _note(
         self,

@@ -26,7 +26,8 @@ class Span(NamedTuple):
         began: when it was started, which is later where a slot or a thread was waited for.
         ended: when its outputs were there.
         bytes_in, bytes_out: of its tensors.
-        outcome: `ok`, the class of the error, or `cancelled` where nobody waited for it any more.
+        outcome: `ok`, the class of the error, `left out` if its quorum went on without it, or `cancelled` where the run
+            failed before.
         sent: the requests that it sent; where it shared a call with other runs (`batching`), that call.
     """
 

@@ -414,7 +414,7 @@ def test_a_map_of_many_items_that_run_right_here_ends_at_its_deadline() -> None:
 # --------------------------------------------------------------------------- 10, 11: deadlines and cancellation
 
 
-def test_the_third_of_three_servers_is_told_what_the_first_two_have_left() -> None:
+def test_three_servers_of_100_ms_within_200_ms_end_in_time_and_name_the_third() -> None:
     told: list[float] = []
 
     def answer(conversation: Conversation, message: Message) -> None:
@@ -429,9 +429,31 @@ def test_the_third_of_three_servers_is_told_what_the_first_two_have_left() -> No
             assert told[1] <= told[0] - 100
             assert told[2] <= told[1] - 100
             told.clear()
-            with pytest.raises(DeadlineExceeded, match=r"waiting for '[bc]'"):
-                graph.infer({"x": rows()}, deadline=Deadline.after(0.205))
-            assert len(told) < 3 or told[2] <= 6
+            with pytest.raises(DeadlineExceeded, match=r"waiting for .*'c' .remote, (not started|0\.0.. s at it)"):
+                graph.infer({"x": rows()}, deadline=Deadline.after(0.2))
+            assert len(told) < 3 or told[2] <= 5
+
+
+def test_a_server_that_is_asked_when_little_time_is_left_is_told_how_little() -> None:
+    told: list[float] = []
+
+    def most_of_it(conversation: Conversation, message: Message) -> None:
+        time.sleep(float(message.headers["x-request-timeout-ms"]) / 1e3 - 0.004)
+        conversation.answer(b"".join(graphpipe.encode_response([np.ones((3, 4), np.float32)])))
+
+    def hang(conversation: Conversation, message: Message) -> None:
+        told.append(float(message.headers["x-request-timeout-ms"]))
+        conversation.read()
+
+    signature = Signature((X,), (Y,))
+    with peer(serving(signature, most_of_it)) as first, peer(serving(signature, hang)) as second:
+        with load(remote("a", first.url) + remote("b", second.url, "{x: a}"), "{y: b}") as graph:
+            for _ in range(20):  # in which a busy machine may be too late to ask
+                with pytest.raises(DeadlineExceeded, match=r"waiting for .*'b' .remote"):
+                    graph.infer({"x": rows()}, deadline=Deadline.after(0.1))
+                if told:
+                    break
+    assert all(left_ms <= 5 for left_ms in told)
 
 
 @pytest.mark.parametrize("owner", ["fallback", "switch", "map", "graph"])
@@ -523,8 +545,15 @@ def test_a_quorum_goes_on_without_members_that_hang_on_threads_or_servers_and_re
         members = {f"m{n}": model(lambda x, n=n: x + n) for n in range(3)}
         with load(nodes, threads=8, held=model(held), **members) as graph:
             since = time.monotonic()
-            np.testing.assert_allclose(graph(rows()), rows() + (0 * 2 + 1 + 2) / 4, rtol=1e-5, atol=1e-6)
+            run = graph.run({"x": rows()}, trace=True)
+            np.testing.assert_allclose(run["y"], rows() + (0 * 2 + 1 + 2) / 4, rtol=1e-5, atol=1e-6)
             assert time.monotonic() - since < SLACK_S
+            assert run.trace is not None
+            assert {span.node: span.outcome for span in run.trace.spans if span.outcome != "ok"} == {
+                "held": "left out",
+                "hung": "left out",
+            }
+            assert [span.node for span in run.trace.critical_path()][1:] == ["last"]  # they kept it for its grace
             assert until(lambda: hang.gone == hang.asked == 1)
             held.let_go.set()
             assert until(lambda: graph.stats().dropped == 1)

@@ -490,3 +490,4 @@ def test_the_table_has_the_median_over_runs_of_what_each_node_did_in_them() -> N
 
 def test_the_table_says_what_failed() -> None:
     assert table([traced(span("a", 100.0, 0.01, outcome="InternalError"))]).splitlines()[1].endswith("1 failed")
+    assert table([traced(span("a", 100.0, 0.01, outcome="left out"))]).splitlines()[1].endswith("MiB  1 left out")
