@@ -295,7 +295,7 @@ class Run:
             self._advance()
 
     def _await(self, index: int, coroutine: Coroutine[Any, Any, Mapping[str, Value]], bound: Deadline) -> None:
-        task = self._tasks[index] = asyncio.ensure_future(coroutine)
+        task = self._tasks[index] = self._loop.create_task(coroutine)  # `ensure_future` has to find the loop first
         task.add_done_callback(lambda task: self._awaited(index, task))
         if bound is not self._bound:
             self._timers.append(self._loop.call_later(bound.remaining() + _CLEANUP_S / 5, self._timed_out, index))
