@@ -3,26 +3,29 @@
 They are those of the notes on ensembles, by number; the sections here are in their order. Elsewhere:
 
  1 bad documents            test_ensemble_golden (84 files; `five_faults*.yaml` report five), test_ensemble_spec
- 2 dtypes without a run     test_ensemble_nodes_model: ..._is_found_without_a_run, a_bool_for_a_remote_...
- 3 cycles, 2,000 nodes      test_ensemble_graph: a_cycle_is_printed_..., a_chain_of_two_thousand_nodes_...
+ 2 dtypes without a run     test_ensemble_pairs (each pair, and that it runs once cast); test_ensemble_nodes_model
+ 3 cycles, 2,000 nodes      test_ensemble_graph: a_cycle_is_printed_..., a_chain_of_two_thousand_nodes_...; golden
  4 some outputs             here; test_ensemble_engine
  5 diamonds                 test_ensemble_engine: a_parent_of_two_runs_once
  6 combinations             here (a member that failed); test_ensemble_combine (scikit-learn, scipy, torch, TensorFlow)
  7 cascades                 here; test_ensemble_cascade
- 8 switches per row         here (1,000 batches); test_ensemble_switch
+ 8 switches per row         here (1,000 batches); test_ensemble_switch; golden `switch_without_a_default`
  9 maps                     here (0, 1, 7, 10,001 items; in one another; strings); test_ensemble_map
-10 deadlines                here; test_ensemble_checks: a_chain_that_is_too_slow_...
-11 cancellation             here (1,000 runs: slow); test_ensemble_checks: a_sibling_of_a_failure_...
-12 quorums                  here; test_ensemble_checks
+10 deadlines                here (three of 100 ms in 200 ms); test_ensemble_checks; times: bench x
+11 cancellation             here (of runs, of siblings, 1,000 each: slow); test_ensemble_checks; times: bench x
+12 quorums                  here (weights, who was left out); test_ensemble_checks; times: bench x
 13 fallbacks, breakers      here; test_ensemble_checks, test_ensemble_fallback, test_ensemble_breaker
-14 hedges                   here, by counts
+14 hedges                   here, by counts; times: bench y
 15 splits, mirrors          here; test_ensemble_split (100,000 keys)
-16 admission                here; test_ensemble_engine (bytes, deadlines of those that wait), test_ensemble_checks (429)
-17 memory                   here
-18 to 20 cost               tests/bench
+16 admission                here; test_ensemble_overload (slow), test_ensemble_engine (bytes, deadlines of those that
+                            wait), test_ensemble_checks (429); times and memory: bench z
+17 memory                   here; bench t, u
+18 cost of nodes            bench q
+19 critical path            here (no levels); bench r, s
+20 throughput, hand-over    bench u, v
 21 batching                 here; test_ensemble_engine
-22 traces                   here; test_ensemble_checks (requests and their phases)
-23 hot reload               with the tests of `Ensemble`
+22 traces                   here (within 5 %); test_ensemble_checks (requests and their phases), test_ensemble_plot
+23 hot reload               test_ensemble_checks: a_graph_is_replaced_while_it_answers_...
 24 imports                  test_ensemble_spec: reading_imports_no_framework; test_ensemble_docs
 25 offline; random graphs   test_ensemble_graph (`metadata`); test_ensemble_random (10,000 plans: slow); here
 """
@@ -78,7 +81,6 @@ HEAD = "ensemble: 1\nname: graph\n"
 ONE_INPUT = "{x: {dtype: float32, shape: [N, 4]}}"
 X, Y = TensorSpec("x", "float32", (-1, 4)), TensorSpec("y", "float32", (-1, 4))
 DECLARED = "{y: {dtype: float32, shape: [N, 4]}}"
-BUSY_S = 0.05  # what a thread may wait for a core there
 SLACK_S = 5.0  # what a busy machine may add; measured times are in docs/benchmarks.md
 
 
@@ -533,6 +535,49 @@ def test_a_run_that_is_cancelled_hangs_up_and_leaves_no_task_thread_or_descripto
             assert until(lambda: graph.stats()[:2] == (0, 0))
 
 
+class Awaits:
+    """A model that waits for ever, and knows how often it was called and cancelled."""
+
+    signature = Signature((X,), (Y,))
+
+    def __init__(self) -> None:
+        self.asked = self.gone = 0
+
+    def infer(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError
+
+    async def ainfer(self, *_: Any, **__: Any) -> Any:
+        self.asked += 1
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.gone += 1
+            raise
+
+
+@pytest.mark.parametrize("times", [20, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_server_sees_that_the_sibling_of_a_failure_is_given_up_and_nothing_is_left_behind(times: int) -> None:
+    slow = Awaits()
+    with server_ref.running({"slow": slow, "bad": model(boom)}) as url:
+        nodes = remote("a", f"{url}slow") + remote("b", f"{url}bad")
+        nodes += "  last: {kind: combine, method: mean, inputs: [a, b]}\n"
+        with load(nodes) as graph:
+
+            async def many(times: int) -> None:
+                for _ in range(times):
+                    with pytest.raises(NodeError, match=r"node 'b' of 'graph' .remote. failed: .*no such row"):
+                        await graph.arun({"x": rows()})
+                assert len(asyncio.all_tasks()) == 1
+
+            asyncio.run(many(3))
+            assert until(lambda: slow.gone == slow.asked)
+            before = held_by_us()
+            asyncio.run(many(times))
+            assert until(lambda: slow.gone == slow.asked)
+            assert until(lambda: all(now <= then + 2 for now, then in zip(held_by_us(), before, strict=True)))
+            assert until(lambda: graph.stats()[:2] == (0, 0))
+
+
 # --------------------------------------------------------------------------- 12: quorums
 
 
@@ -617,27 +662,29 @@ def test_a_breaker_opens_after_five_failures_and_asks_again_when_its_time_is_ove
 # --------------------------------------------------------------------------- 14: hedges
 
 
-def test_a_hedge_cuts_the_tail_and_sends_few_copies() -> None:
-    rng = random.Random(0)
-    sent, lock = [0], threading.Lock()
+def test_a_hedge_at_30_ms_cuts_a_tail_of_one_in_twenty_with_six_more_in_a_hundred() -> None:
+    sent, slow, lock = [0], [0], threading.Lock()
 
     def answer(conversation: Conversation, message: Message) -> None:
         with lock:
             sent[0] += 1
-            slow = rng.random() < 0.05
-        if slow:
-            time.sleep(0.5)
-        conversation.answer(b"".join(graphpipe.encode_response([np.zeros((3, 4), np.float32)])))
+            is_slow = sent[0] % 20 == 10
+            slow[0] += is_slow
+        if is_slow:
+            conversation.sock.settimeout(0.5)
+            with contextlib.suppress(OSError):
+                if conversation.read() is None:  # the copy was answered
+                    return
+            conversation.sock.settimeout(None)
+        found = np.full((3, 4), is_slow, np.float32)
+        conversation.answer(b"".join(graphpipe.encode_response([found])))
 
     with peer(serving(Signature((X,), (Y,)), answer)) as there:
-        with load(remote("n", there.url, more=", hedge: {after: 100ms, budget: 10%}"), "{y: n}") as graph:
-            took = []
-            for _ in range(200):
-                since = time.monotonic()
-                graph(rows())
-                took.append(time.monotonic() - since)
-    assert sent[0] <= 200 * 1.1 + 1
-    assert sum(one > 0.45 for one in took) <= 4  # about ten are slow, and of one in twenty of these the copy is too
+        with load(remote("n", there.url, more=", hedge: {after: 30ms, budget: 6%}"), "{y: n}") as graph:
+            late = sum(graph(rows()).any() for _ in range(400))
+    assert slow[0] >= 20
+    assert 1 <= sent[0] - 400 <= 400 * 0.06
+    assert late <= 400 * 0.01  # none, where the machine is not so busy that other calls are late too
 
 
 def test_hedges_of_a_server_that_is_slow_all_over_stay_within_their_budget() -> None:
@@ -651,9 +698,9 @@ def test_hedges_of_a_server_that_is_slow_all_over_stay_within_their_budget() -> 
 
     with peer(serving(Signature((X,), (Y,)), answer)) as there:
         with load(remote("n", there.url, more=", hedge: {after: 1ms, budget: 5%}"), "{y: n}") as graph:
-            for _ in range(100):
-                graph(rows())
-    assert 100 < sent[0] <= 100 * 1.05 + 10  # a few may go before there is a share to keep to
+            with concurrent.futures.ThreadPoolExecutor(16) as pool:
+                list(pool.map(lambda _: graph(rows()), range(400)))
+    assert 1 <= sent[0] - 400 <= 400 * 0.05
 
 
 # --------------------------------------------------------------------------- 15: splits
@@ -837,6 +884,19 @@ def test_a_node_that_writes_into_its_input_changes_nobody_elses(owner: str) -> N
     np.testing.assert_allclose(both, np.stack([x, x + 1]), rtol=1e-6)
 
 
+# --------------------------------------------------------------------------- 19: as soon as possible
+
+
+def test_a_node_starts_as_soon_as_what_it_reads_is_there_whatever_is_beside_that() -> None:
+    """The first node of one arm waits for the second of the other: level by level, neither would end."""
+    begun = threading.Event()
+    begins, waits = model(lambda x: begun.set() or x), model(lambda x: x + begun.wait(10))
+    nodes = py("a", "quick") + py("b", "begins", "{x: a}") + py("c", "waits") + py("d", "quick", "{x: c}")
+    nodes += "  last: {kind: combine, method: mean, inputs: [b, d]}\n"
+    with load(nodes, quick=model(lambda x: x), begins=begins, waits=waits) as graph:
+        np.testing.assert_allclose(bounded(lambda: graph(rows())), rows() + 0.5, rtol=1e-5, atol=1e-6)
+
+
 # --------------------------------------------------------------------------- 21: batching
 
 
@@ -868,6 +928,12 @@ def test_a_run_with_little_time_neither_waits_for_others_nor_fails_those_it_is_w
 # --------------------------------------------------------------------------- 22: traces
 
 
+def unaccounted(trace: ensemble.Trace) -> float:
+    """The share of a run that is not in its critical path."""
+    total_s = sum(span.queue_s + span.compute_s + span.network_s for span in trace.critical_path())
+    return abs(total_s - trace.wall_s) / trace.wall_s
+
+
 def test_the_critical_path_of_a_trace_adds_up_to_the_time_that_was_taken() -> None:
     def sleeps(lasts_s: float) -> FunctionServable:
         return model(lambda *arrays: time.sleep(lasts_s) or arrays[0])
@@ -876,12 +942,15 @@ def test_the_critical_path_of_a_trace_adds_up_to_the_time_that_was_taken() -> No
     nodes += "  last: {kind: combine, method: mean, inputs: [b, c]}\n"
     with load(nodes, a=sleeps(0.1), b=sleeps(0.2), c=sleeps(0.02)) as graph:
         graph(rows())
-        trace = graph.run({"x": rows()}, trace=True).trace
-    assert trace is not None
-    path = trace.critical_path()
-    assert [span.node for span in path] == ["a", "b", "last"]
-    total_s = sum(span.queue_s + span.compute_s + span.network_s for span in path)
-    assert abs(total_s - trace.wall_s) < 0.05 * trace.wall_s + BUSY_S
+        traces: list[ensemble.Trace] = []
+
+        def adds_up() -> bool:
+            traces.extend([trace] if (trace := graph.run({"x": rows()}, trace=True).trace) else [])
+            return unaccounted(traces[-1]) < 0.05
+
+        assert until(adds_up)  # at once, but where the machine does something else in between
+    trace = traces[-1]
+    assert [span.node for span in trace.critical_path()] == ["a", "b", "last"]
     events = json.loads(trace.to_chrome())["traceEvents"]
     assert {event["name"] for event in events if event["ph"] == "X"} >= {"a", "b", "c", "last"}
     assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
@@ -1713,16 +1782,23 @@ def test_a_default_of_an_input_that_can_never_stand_in_is_a_fault(text: str, fau
 
 
 def test_a_trace_counts_the_wait_for_a_slot_and_for_a_batch() -> None:
+    slots, batch = ", max_inflight: 1", ", batching: {max_size: 9, max_delay: 100ms}"
     with server_ref.running({"m": model(lambda x: time.sleep(0.1) or x)}) as url:
-        with load(remote("n", url, more=", max_inflight: 1"), "{y: n}") as graph:
-            graph(rows())
-            with concurrent.futures.ThreadPoolExecutor(3) as pool:
-                traces = list(pool.map(lambda _: graph.run({"x": rows()}, trace=True).trace, range(3)))
-        with load(remote("n", url, more=", batching: {max_size: 9, max_delay: 100ms}"), "{y: n}") as graph:
-            graph(rows())
-            traces.append(graph.run({"x": rows()}, trace=True).trace)
-    for trace in traces:
-        assert trace is not None
-        (span,) = trace.spans
-        assert abs(span.queue_s + span.compute_s + span.network_s - trace.wall_s) < 0.05 * trace.wall_s + BUSY_S
-    assert max(trace.spans[0].queue_s for trace in traces if trace) > 0.15
+        with load(remote("n", url, more=slots), "{y: n}") as one, load(remote("n", url, more=batch), "{y: n}") as many:
+            one(rows())
+            many(rows())
+
+            def traces() -> list[ensemble.Trace]:
+                with concurrent.futures.ThreadPoolExecutor(3) as pool:
+                    runs = [*pool.map(lambda _: one.run({"x": rows()}, trace=True), range(3))]
+                return [run.trace for run in (*runs, many.run({"x": rows()}, trace=True)) if run.trace is not None]
+
+            found: list[ensemble.Trace] = []
+
+            def add_up() -> bool:
+                found[:] = traces()
+                return all(unaccounted(trace) < 0.05 for trace in found)
+
+            assert until(add_up)  # at once, but where the machine does something else in between
+    assert [len(trace.spans) for trace in found] == [1] * 4
+    assert max(trace.spans[0].queue_s for trace in found) > 0.15
