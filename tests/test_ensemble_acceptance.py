@@ -2,7 +2,7 @@
 
 They are those of the notes on ensembles, by number; the sections here are in their order. Elsewhere:
 
- 1 bad documents            test_ensemble_golden (84 files; `five_faults*.yaml` report five), test_ensemble_spec
+ 1 bad documents            test_ensemble_golden (83 files; `five_faults*.yaml` report five), test_ensemble_spec
  2 dtypes without a run     test_ensemble_pairs (each pair, and that it runs once cast); test_ensemble_nodes_model
  3 cycles, 2,000 nodes      test_ensemble_graph: a_cycle_is_printed_..., a_chain_of_two_thousand_nodes_...; golden
  4 some outputs             here; test_ensemble_engine

@@ -10,6 +10,7 @@ from typing import Any
 ALIVE: list[weakref.ref[Any]] = []
 MOST = [0]
 SLOW_S = 0.01
+LASTS_S = [0.0]
 _LOCK = threading.Lock()
 
 
@@ -30,4 +31,10 @@ def slow(x: Any) -> Any:
     """A model that takes 10 ms, one call at a time."""
     with _LOCK:
         time.sleep(SLOW_S)
+    return x
+
+
+def sleeping(x: Any) -> Any:
+    """A model that takes `LASTS_S`, any number of calls at a time."""
+    time.sleep(LASTS_S[0])
     return x

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -98,15 +99,11 @@ def overhead() -> None:
             for index, read in enumerate(["$inputs.x", *[f"n{number}" for number in range(NODES - 1)]])
         )
         with ensemble.load(f"{HEAD}outputs: {{y: n{NODES - 1}}}\nnodes:\n{nodes}", file=__file__) as graph:
-            runs: list[Callable[[], object]] = [twin, lambda graph=graph: graph.infer({"x": ONE})]  # type: ignore[misc]
-            bare_s, ours_s = (median(times) / NODES for times in in_turn(runs, 100))
-        row(
-            f"q  {place} node, in a chain of {NODES}",
-            f"{ours_s * 1e6:.1f} us",
-            f"{bare_s * 1e6:.1f} us",
-            ours_s / bare_s,
-            aim,
-        )
+            plain, traced = partial(graph.infer, {"x": ONE}), partial(graph.run, {"x": ONE}, trace=True)
+            bare_s, *ours = (median(times) / NODES for times in in_turn([twin, plain, traced], 100))
+        for how, ours_s, most in (("", ours[0], aim), (", traced", ours[1], "100 us" if place == "inline" else "")):
+            what = f"q  {place} node, in a chain of {NODES}{how}"
+            row(what, f"{ours_s * 1e6:.1f} us", f"{bare_s * 1e6:.1f} us", ours_s / bare_s, most)
 
 
 def critical_path() -> None:
@@ -137,7 +134,7 @@ def critical_path() -> None:
 
 
 def _ratio(what: str, graph: Awaited, twin: Callable[[], None], longest_s: float) -> None:
-    bare_s, ours_s = (median(times) / longest_s for times in in_turn([twin, graph], 9))
+    bare_s, ours_s = (median(times) / longest_s for times in in_turn([twin, graph], 15))
     row(what, f"{ours_s:.3f}", f"{bare_s:.3f}", ours_s / bare_s, "1.05")
     graph.graph.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codec
 import exchange
 import graphs
+import limits
 import memory
 import real_model
 import tf_ops
@@ -17,7 +18,7 @@ def main() -> None:
     """Print every figure, with the hardware and the commit."""
     print(hardware())
     print(f"{'':58} {'ours':>14} {'bare twin':>14} {'ratio':>8}", flush=True)
-    for bench in (codec, exchange, real_model, memory, torch_layer, torch_gpu, tf_ops, graphs):
+    for bench in (codec, exchange, real_model, memory, torch_layer, torch_gpu, tf_ops, graphs, limits):
         bench.main()
 
 
