@@ -430,24 +430,26 @@ def laggard(slow_s: float, seed: int) -> Counted:
     return Counted(answer)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("after_s", [None, 0.01])
-def test_hedging_cuts_p99_where_one_reply_in_twenty_is_slow(after_s: float | None) -> None:
-    def p99_of(hedge: Hedge | None) -> tuple[float, int]:
-        first, second = laggard(0.2, 1), laggard(0.2, 2)
-        with replicas(first, second, hedge=hedge) as (endpoint, _):
-            took = []
-            for _ in range(1000):
-                since = time.perf_counter()
-                infer(endpoint)
-                took.append(time.perf_counter() - since)
-            assert in_flight(endpoint) == 0
-        return float(np.quantile(took, 0.99)), first.count + second.count
+def p99_of(hedge: Hedge | None) -> tuple[float, int]:
+    """The 99th percentile of 1,000 calls that lag now and then, in seconds, and how many copies were sent."""
+    first, second = laggard(0.2, 1), laggard(0.2, 2)
+    with replicas(first, second, hedge=hedge) as (endpoint, _):
+        took = []
+        for _ in range(1000):
+            since = time.perf_counter()
+            infer(endpoint)
+            took.append(time.perf_counter() - since)
+        assert in_flight(endpoint) == 0
+    return float(np.quantile(took, 0.99)), first.count + second.count
 
+
+@pytest.mark.slow
+def test_hedging_cuts_p99_where_one_reply_in_twenty_is_slow() -> None:
     plain, _ = p99_of(None)
-    hedged, load = p99_of(Hedge(after_s=after_s))
-    assert hedged * 5 < plain
-    assert load < 1080
+    for after_s in (None, 0.01):
+        hedged, load = p99_of(Hedge(after_s=after_s))
+        assert hedged * 5 < plain, after_s
+        assert load < 1080, after_s
 
 
 def hangs_once(over: threading.Event) -> Counted:

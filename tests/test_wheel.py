@@ -61,7 +61,7 @@ def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
 def test_quickstart_runs_on_the_installed_wheel_alone(wheel: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
-    install = (python, "-m", "pip", "-qq", "--disable-pip-version-check", "install")
+    install = (python, "-m", "pip", "-qq", "--disable-pip-version-check", "install", "--no-compile")
     run(*install, "-c", ROOT / "constraints.txt", f"{wheel}[torch,onnx,server]", "magika", cwd=tmp_path)
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     run(python, tmp_path / "examples" / "01_quickstart.py", cwd=tmp_path)
