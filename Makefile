@@ -5,6 +5,8 @@ PEERS  := .venv-peers
 FUZZ   := .venv-fuzz
 # Seconds for each target of `make fuzz`.
 FUZZ_S ?= 60
+# How many processes share a group of tests; the tests of one file stay together. 0: none but pytest's own.
+WORKERS ?= 2
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip -qq --disable-pip-version-check install
 PACKAGES := remote_ops ensemble server_ref
@@ -70,7 +72,7 @@ check: $(VENV)/.dev ## format, lint and types, without changing a file
 # pytest exits with 5 when a group is empty; that must fail, or a lost group would look like a green one.
 define group
 	@echo "== tests: $(1)"
-	@$(PY) -m pytest -q -m "$(2)" || { rc=$$?; [ $$rc -ne 5 ] || echo "the group '$(1)' selected no test"; exit $$rc; }
+	@$(PY) -m pytest -q -n $(WORKERS) --dist loadfile -m "$(2)" || { rc=$$?; [ $$rc -ne 5 ] || echo "the group '$(1)' selected no test"; exit $$rc; }
 endef
 
 fast: $(VENV)/.dev ## the tests to run while editing
