@@ -28,7 +28,7 @@ cv2 = pytest.importorskip("cv2")
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "05_ocr"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 Reading = list[list[Any]]
 

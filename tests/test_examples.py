@@ -19,7 +19,7 @@ PARALLEL = ROOT / "examples" / "03_parallel_branches.py"
 TF_GRAPH = ROOT / "examples" / "04_tf_graph.py"
 SAME_NOTES = ROOT / "examples" / "06_same_notes.py"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def run(script: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
