@@ -17,9 +17,10 @@ from remote_ops import http1
 from remote_ops.errors import RemoteOpsError, SpecError
 from server_ref.lifecycle import Listen, serve
 from server_ref.model import Version
-from server_ref.opening import Source, open_version
+from server_ref.opening import open_version
 from server_ref.progress import progress_on
 from server_ref.settings import Batching, Cache, Instances, ModelSettings, read_settings
+from server_ref.source import Source
 
 __all__ = ["main"]
 

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import quote
 
 from remote_ops import http1
@@ -27,11 +27,13 @@ from remote_ops.connection import new_loop
 from remote_ops.errors import RemoteOpsError, SpecError
 from remote_ops.servable import Servable
 from server_ref.connection import Timeouts
-from server_ref.folder import Scan, scan
 from server_ref.front import Front
 from server_ref.model import Version
 from server_ref.repository import Repository, Told
-from server_ref.watch import Watch, sources_in
+
+if TYPE_CHECKING:
+    from server_ref.folder import Scan
+    from server_ref.source import Source
 
 __all__ = ["Server", "running", "serve"]
 
@@ -101,8 +103,9 @@ class Server:
         if isinstance(models, str | os.PathLike):
             folder, models = models, {}
         self._folder = None if folder is None else Path(folder)
-        self._seen = Scan() if self._folder is None else scan(self._folder)
-        sources = sources_in(self._seen, device=device)
+        self._seen: Scan | None
+        sources: list[Source]
+        self._seen, sources = (None, []) if self._folder is None else _look_at(self._folder, device)
         if not models and not sources:
             raise SpecError("a server needs at least one model: got none", path="models")
         self.listen = Listen.parse(listen)
@@ -167,7 +170,9 @@ class Server:
         if faults:
             raise SpecError("\n".join(faults) if len(faults) == 1 else f"{len(faults)} models:\n" + "\n".join(faults))
         self.front.ready = True
-        if self._watch_s and self._folder is not None:
+        if self._watch_s and self._folder is not None and self._seen is not None:
+            from server_ref.watch import Watch
+
             watch = Watch(self._folder, self.repository, self._seen.found, every_s=self._watch_s, device=self._device)
             self._watching = asyncio.get_running_loop().create_task(watch.run())
 
@@ -225,6 +230,15 @@ class Server:
             device = getattr(version.servable, "device", "remote" if hasattr(version.servable, "url") else "cpu")
             lines.append(f"{name} at {url} on {device}, {version.at_once}\n  {version.signature}")
         return "\n".join(lines)
+
+
+def _look_at(folder: Path, device: str) -> tuple[Scan, list[Source]]:
+    """What lies in a folder; reading it needs more than serving what is handed over, and is imported only now."""
+    from server_ref.folder import scan
+    from server_ref.watch import sources_in
+
+    seen = scan(folder)
+    return seen, sources_in(seen, device=device)
 
 
 def _remove_stale(path: str) -> None:

@@ -39,7 +39,7 @@ from server_ref.lanes import QueueLimits
 from server_ref.stacking import Call
 from server_ref.stats import Stats, reason_of
 
-__all__ = ["Run", "Version", "name_inputs"]
+__all__ = ["Run", "Version", "close_all", "name_inputs"]
 
 Array = npt.NDArray[Any]
 _QUICK_S = 100e-6
@@ -297,6 +297,14 @@ class Run(Request):
             return self._write(self.version.signature.fit_outputs(results, self.wanted))
         except (SignatureError, EncodeError) as error:
             raise InternalError(f"model '{self.version.name}' breaks its own signature: {error}") from error
+
+
+def close_all(things: Sequence[Any]) -> None:
+    """Close those that can be closed."""
+    for thing in things:
+        close = getattr(thing, "close", None)
+        if close is not None:
+            close()
 
 
 def _served_signature(name: str, signature: Signature) -> Signature:

@@ -9,10 +9,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,54 +21,15 @@ from server_ref.batching import Batching
 from server_ref.cache import Cached
 from server_ref.isolation import Isolated
 from server_ref.lanes import QueueLimits
-from server_ref.model import Version
+from server_ref.model import Version, close_all
 from server_ref.rowkeys import fingerprint as file_fingerprint
 from server_ref.rowstore import MemoryRows, RowCache
-from server_ref.settings import ModelSettings, Warmup
+from server_ref.settings import Warmup
+from server_ref.source import Progress, Source
 
-__all__ = ["Progress", "Source", "open_version"]
+__all__ = ["open_version"]
 
 log = logging.getLogger("server_ref")
-# Told of each step: what is done ("load", "warm"), how many of it are, of how many.
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Source:
-    """What is to be served, and how.
-
-    Args:
-        name: of the model.
-        version: its version; empty: what the model says of itself.
-        what: as `remote_ops.load` takes it.
-        settings: how it is opened and run.
-        fingerprint: what changes when its files do.
-        device: where it runs, unless the settings say.
-        options: more for `load`; those of the settings win.
-        concurrency: how many calls each copy takes at a time; 0: what it says itself.
-    """
-
-    name: str
-    version: str
-    what: str
-    settings: ModelSettings = field(default_factory=ModelSettings)
-    fingerprint: str = ""
-    device: str = "auto"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    concurrency: int = 0
-
-    @property
-    def folder(self) -> Path:
-        """What the paths in its settings are relative to."""
-        path = Path(self.what)
-        return path.parent if path.exists() else Path()
-
-    @property
-    def copies(self) -> list[str]:
-        """The device of each copy."""
-        instances = self.settings.instances
-        devices = [self.device] if instances.devices == ("auto",) else instances.devices
-        return [device for device in devices for _ in range(instances.count)]
 
 
 def open_version(source: Source, progress: Progress = lambda step, done, of: None) -> Version:
@@ -92,8 +51,8 @@ def open_version(source: Source, progress: Progress = lambda step, done, of: Non
         rows = _rows_of(source)
         version = _version_of(source, servables, rows)
         version.source, version.owned = source, (*servables, rows)
-        if source.settings.warmup is not None:
-            warm(servables, source.settings.warmup, version.instances.lanes.batching, source.folder, progress)
+        if source.rules.warmup is not None:
+            warm(servables, source.rules.warmup, version.instances.lanes.batching, source.folder, progress)
         return version
     except BaseException:
         close_all(servables)
@@ -101,7 +60,7 @@ def open_version(source: Source, progress: Progress = lambda step, done, of: Non
 
 
 def _open_one(source: Source, device: str) -> Servable:
-    settings = source.settings
+    settings = source.rules
     options = {**source.options, **settings.options.given(), "device": device}
     if settings.isolate == "process":
         timeout_s = settings.limits.response_timeout_s
@@ -110,7 +69,7 @@ def _open_one(source: Source, device: str) -> Servable:
 
 
 def _version_of(source: Source, servables: Sequence[Servable], rows: RowCache | None) -> Version:
-    settings, batching = source.settings, Batching()
+    settings, batching = source.rules, Batching()
     if (rules := settings.batching) is not None:
         batching = Batching(
             rules.max_rows, rules.max_delay_ms / 1000, rules.preferred_rows, rules.allowed_rows,
@@ -138,7 +97,7 @@ def _version_of(source: Source, servables: Sequence[Servable], rows: RowCache | 
 
 def _rows_of(source: Source) -> RowCache | None:
     """Where the rows of a model are kept; None if they are not."""
-    cache = source.settings.cache
+    cache = source.rules.cache
     if cache is None:
         return None
     if cache.path is None:
@@ -153,16 +112,8 @@ def _hash_of(source: Source) -> str:
     fingerprint = source.fingerprint or (file_fingerprint(source.what) if Path(source.what).exists() else "")
     if not fingerprint:
         return ""
-    options = {**source.options, **source.settings.options.given(), "devices": source.copies}
+    options = {**source.options, **source.rules.options.given(), "devices": source.copies}
     return f"{source.name} {source.version} {fingerprint} {json.dumps(options, sort_keys=True, default=str)}"
-
-
-def close_all(owned: Sequence[Any]) -> None:
-    """Close those that can be closed, of the servables and the rows of a version."""
-    for thing in owned:
-        close = getattr(thing, "close", None)
-        if close is not None:
-            close()
 
 
 # --------------------------------------------------------------------------- warming

@@ -21,9 +21,9 @@ from typing import Any
 from remote_ops.errors import ModelNotFound, ModelUnavailable, RemoteOpsError, SpecError
 from remote_ops.signature import did_you_mean
 from server_ref.catalog import Catalog
-from server_ref.model import Version
-from server_ref.opening import Source, close_all, open_version
+from server_ref.model import Version, close_all
 from server_ref.routing import routes_of, served_versions
+from server_ref.source import Source
 
 __all__ = ["Entry", "Repository"]
 
@@ -67,7 +67,7 @@ class Repository:
         drain_s: how long a version that is replaced may take to finish what it has begun.
         told: is told of each step of a load: the entry, `load` or `warm`, how many are done and of how many; on
             the loading thread.
-        opened: opens a source; a test may count or hold it.
+        opened: opens a source; `opening.open_version` unless a test holds it.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Repository:
         *,
         drain_s: float = 30.0,
         told: Told | None = None,
-        opened: Callable[..., Version] = open_version,
+        opened: Callable[..., Version] | None = None,
     ) -> None:
         self.catalog = catalog
         self.drain_s = drain_s
@@ -137,7 +137,7 @@ class Repository:
 
     def _wanted(self, source: Source) -> Iterable[str]:
         there = [entry.version for entry in self._entries.values() if entry.name == source.name]
-        return served_versions(there, source.settings.versions)
+        return served_versions(there, source.rules.versions)
 
     # changes
 
@@ -161,7 +161,7 @@ class Repository:
     async def _open(self, source: Source) -> Entry:
         key = source.name, source.version
         served = self._served(*key)
-        if source.settings.swap == "replace" and served is not None:
+        if source.rules.swap == "replace" and served is not None:
             await self._close(self._take(*key))
             served = None
         state = "ready" if served is not None else "loading"
@@ -169,7 +169,7 @@ class Repository:
         began = time.perf_counter()
         try:
             progress = functools.partial(self._step, entry)
-            version = await self._apart(functools.partial(self._opened, source, progress))
+            version = await self._apart(functools.partial(self._opened or open_version, source, progress))
         except Exception as error:
             self._note_failure(entry, served, error)
             raise
@@ -230,7 +230,7 @@ class Repository:
             self._entries[key] = replace(entry, source=source)
         self._make_known([name])
         there = [source.version for source in sources]
-        wanted = set(served_versions(there, sources[0].settings.versions)) if sources else set()
+        wanted = set(served_versions(there, sources[0].rules.versions)) if sources else set()
         for source in sources:
             if source.version in wanted and (source.version in anew or not self._served(name, source.version)):
                 with contextlib.suppress(Exception):  # its entry says why, and so does the log
@@ -261,8 +261,8 @@ class Repository:
         if not 1 <= count <= 64:
             raise SpecError(f"expected 1 to 64 instances, got {count}", path="instances.count")
         source = self.entry(name, version).source
-        instances = source.settings.instances.model_copy(update={"count": count})
-        return await self.open(replace(source, settings=source.settings.model_copy(update={"instances": instances})))
+        instances = source.rules.instances.model_copy(update={"count": count})
+        return await self.open(replace(source, settings=source.rules.model_copy(update={"instances": instances})))
 
     def set_labels(self, name: str, labels: dict[str, str]) -> None:
         """Let labels stand for versions; those that are left out go.
@@ -320,7 +320,7 @@ class Repository:
         there = tuple(model.versions)
         if model.is_routed:
             return
-        versions = source.settings.versions
+        versions = source.rules.versions
         model.routes = routes_of(source.name, {*model.known, *there}, there, versions)
         model.sticky, model.is_routed = ("" if versions.sticky == "none" else versions.sticky.lower()), True
 
@@ -373,3 +373,10 @@ def not_ready(entries: Iterable[Entry]) -> ModelUnavailable | None:
         if entry.state in ("loading", "warming"):
             return ModelUnavailable(f"model '{entry.name}' is {entry.state}")
     return None
+
+
+def open_version(source: Source, progress: Callable[[str, int, int], None]) -> Version:
+    """Open a source; what that needs is imported only now."""
+    from server_ref import opening
+
+    return opening.open_version(source, progress)

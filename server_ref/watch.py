@@ -15,9 +15,9 @@ from pathlib import Path
 
 from remote_ops.errors import RemoteOpsError, SpecError
 from server_ref.folder import Found, Key, Scan, Settling, changes, scan
-from server_ref.opening import Source
 from server_ref.repository import Repository
 from server_ref.routing import missing_versions
+from server_ref.source import Source
 
 __all__ = ["Watch", "sources_in"]
 

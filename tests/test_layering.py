@@ -58,8 +58,9 @@ ROOMS = {
         ("__main__",),
     ),
     "server_ref": (
-        ("answer", "batching", "isolation", "rowstore", "rowvalues", "settings", "sources", "stacking", "stats"),
-        ("folder", "lanes", "routing", "rowdisk", "rowkeys"),
+        ("answer", "batching", "isolation", "settings", "sources", "stacking", "stats"),
+        ("folder", "lanes", "routing", "rowstore", "rowvalues", "source"),
+        ("rowdisk", "rowkeys"),
         ("cache", "instances"),
         ("model",),
         ("catalog", "connection", "opening"),

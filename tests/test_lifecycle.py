@@ -60,6 +60,21 @@ def doubling() -> FunctionServable:
 # --------------------------------------------------------------------------- running, in this process
 
 
+@pytest.mark.slow
+def test_serving_what_is_handed_over_needs_none_of_the_libraries_of_folders_and_control() -> None:
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(["pydantic", "yaml", "networkx", "starlette", "uvicorn", "lmdb", "prometheus_client"]))
+import server_ref
+from remote_ops import Endpoint, FunctionServable, TensorSpec
+x, y = TensorSpec("x", "float32", (-1,)), TensorSpec("y", "float32", (-1,))
+with server_ref.running({"double": FunctionServable(lambda x: 2 * x, [x], [y])}) as url:
+    print(Endpoint(url)([3.0]).tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[6.0]\n", "")
+
+
 def threads_of_servers() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith(("server_ref", "model", "m-"))]
 
