@@ -45,6 +45,7 @@ _SLICE_BYTES = 1 << 20
 _MUCH_BYTES = 1 << 18  # more than a head is ever received into
 _PATIENCE_S = 0.05
 _SOON_S = 300e-6
+_PIECE_S = 1.0
 _LONGEST_WAIT_S = 1e6  # what poll and asyncio can still count
 _LIMITS = http1.Limits(max_body_bytes=2**31)
 
@@ -265,13 +266,25 @@ class BlockingConnection:
         if events != select.POLLIN:
             self._poll.modify(self._sock, events)
         try:
-            ready = self._poll.poll(None if timeout_s is None else math.ceil(timeout_s * 1000))
+            ready = self._ready(timeout_s)
         finally:
             if events != select.POLLIN:
                 self._poll.modify(self._sock, select.POLLIN)
         if not ready:
             raise expired(phase, since)
         return ready[0][1]
+
+    def _ready(self, timeout_s: float | None) -> list[tuple[int, int]]:
+        """What the socket is ready for, or nothing in time; waits in pieces.
+
+        A signal that comes just before the kernel begins to wait is noticed only when that wait is over.
+        """
+        until = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            left_s = until - time.monotonic()
+            ready = self._poll.poll(math.ceil(1000 * max(0.0, min(left_s, _PIECE_S))))
+            if ready or left_s <= _PIECE_S:
+                return ready
 
 
 def _how(size: int, deadline: Deadline) -> int:
