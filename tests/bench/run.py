@@ -8,6 +8,7 @@ import graphs
 import limits
 import memory
 import real_model
+import serving
 import tf_ops
 import torch_gpu
 import torch_layer
