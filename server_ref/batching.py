@@ -122,8 +122,18 @@ def choose(candidates: Sequence[Waiting], batching: Batching, *, now: float, run
     if complete or sums[-1] >= batching.max_rows:
         return Choice(len(candidates))
     closes_at = candidates[0].arrived_at + batching.max_delay_s
-    closes_at = min(closes_at, *(candidate.due_at - run_s for candidate in candidates), math.inf)
+    closes_at = min(closes_at, *(_starts_by(candidate, run_s) for candidate in candidates))
     return Choice(len(candidates)) if now >= closes_at else Choice(0, closes_at)
+
+
+def _starts_by(waiting: Waiting, run_s: float) -> float:
+    """When a request must go to be in time: twice as early as its run takes, and with a quarter of its time left."""
+    if waiting.due_at == math.inf:
+        return math.inf
+    return waiting.due_at - max(2 * run_s, _SPARE * (waiting.due_at - waiting.arrived_at))
+
+
+_SPARE = 0.25
 
 
 def _running_sums(rows: Iterable[int]) -> list[int]:
