@@ -67,7 +67,7 @@ ROOMS = {
         ("front", "repository"),
         ("progress", "watch"),
         ("lifecycle",),
-        ("worker",),
+        ("batcher", "worker"),
         ("__init__",),
         ("__main__",),
     ),
