@@ -21,8 +21,11 @@ from remote_ops.deadline import Deadline
 from remote_ops.errors import RemoteOpsError, SpecError
 from remote_ops.signature import Signature, TensorSpec, did_you_mean
 from server_ref.batching import Batching
+from server_ref.cache import Cached
 from server_ref.lifecycle import serve
 from server_ref.model import Version
+from server_ref.rowdisk import DiskRows
+from server_ref.rowstore import MemoryRows, RowCache
 
 __all__ = ["Upstream", "batcher", "main"]
 
@@ -84,8 +87,13 @@ def _named(specs: Sequence[TensorSpec], names: Sequence[str], path: str) -> tupl
     return tuple(known[name] for name in names) or tuple(specs)
 
 
-def batcher(upstream: Upstream, *, batch_size: int = 10, timeout_s: float = 0.25) -> Version:
+def batcher(
+    upstream: Upstream, *, batch_size: int = 10, timeout_s: float = 0.25, rows: RowCache | None = None
+) -> Version:
     """What to serve: the upstream, called with up to `batch_size` rows, or once the oldest has waited `timeout_s`.
+
+    With `rows`, those that were computed before are not asked for again; none from an earlier launch, since the target
+    may have another model by now.
 
     Raises:
         SpecError: a size below 1, or a time below 0.
@@ -93,7 +101,9 @@ def batcher(upstream: Upstream, *, batch_size: int = 10, timeout_s: float = 0.25
     if batch_size < 1:
         raise SpecError(f"expected 1 row or more, got {batch_size}", path="--batch-size")
     name = upstream.signature.name or "batcher"
-    return Version(name, [upstream], batching=Batching(max_rows=batch_size, max_delay_s=timeout_s))
+    batching = Batching(max_rows=batch_size, max_delay_s=timeout_s)
+    awaited = None if rows is None else lambda instances: Cached(instances, rows)
+    return Version(name, [upstream], batching=batching, awaited=awaited)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,13 +115,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.workers < 1:
             raise SpecError(f"expected 1 or more, got {args.workers}", path="--workers")
-        if args.cache:
-            print("batcher: --cache: this version has no row cache; serving without", file=sys.stderr)
+        rows = (DiskRows(args.cache_dir) if args.cache_dir else MemoryRows()) if args.cache else None
         with Endpoint(args.target_url, _TARGET_S) as endpoint:
             upstream = Upstream(
                 endpoint, workers=args.workers, inputs=_names(args.inputs), outputs=_names(args.outputs)
             )
-            version = batcher(upstream, batch_size=args.batch_size, timeout_s=args.timeout / 1000)
+            version = batcher(upstream, batch_size=args.batch_size, timeout_s=args.timeout / 1000, rows=rows)
             return serve({version.name: version}, args.listen, grace_s=args.drain_grace_s)
     except RemoteOpsError as error:
         print(f"batcher: {error}", file=sys.stderr)
@@ -135,8 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--timeout", type=float, default=250, metavar="MS",
         help="longest wait of a request for others, in milliseconds (default: %(default)s)")  # fmt: skip
     add("--workers", type=int, default=1, help="calls of the target at a time (default: %(default)s)")
-    add("-c", "--cache", action="store_true", help="row cache; not in this version, and ignored")
-    add("-d", "--cache-dir", metavar="DIR", help="the same")
+    add("-c", "--cache", action="store_true", help="do not ask again for rows that were computed since the launch")
+    add("-d", "--cache-dir", metavar="DIR", help="keep them there, and not in memory")
     add("--drain-grace-s", type=float, default=5.0,
         help="after SIGTERM, seconds of further service while not ready (default: %(default)s)")  # fmt: skip
     add("-v", "--verbose", action="store_true", help="log more")

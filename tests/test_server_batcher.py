@@ -23,6 +23,7 @@ from remote_ops import Endpoint, FunctionServable, Retry, Servable, TensorSpec, 
 from remote_ops.errors import DeadlineExceeded, InternalError, InvalidRequest, ModelUnavailable, SpecError
 from remote_ops.signature import Signature
 from server_ref.batcher import Upstream, _parser, batcher, main
+from server_ref.rowstore import MemoryRows
 
 Array = npt.NDArray[Any]
 X = TensorSpec("x", "float32", (-1, 2))
@@ -125,6 +126,16 @@ def test_an_input_that_the_target_wants_cannot_be_left_out() -> None:
     both = FunctionServable(lambda x, w: x, [X, TensorSpec("w", "float32", (-1,))], [Y])
     with pytest.raises(SpecError, match="wants 'w' too - at --inputs"), proxied(both, inputs=["x"]):
         pass
+
+
+def test_rows_that_were_computed_before_are_not_asked_for_again_unless_their_config_differs() -> None:
+    target = Target()
+    with proxied(target.servable, batch_size=1, rows=MemoryRows()) as endpoint:
+        for config in (b"", b"", b"c", b"c"):
+            assert endpoint.infer({"x": rows(4)[3]}, config=config)["y"].tolist() == [[6, 6]]
+        both = np.concatenate(rows(4)[2:])
+        assert endpoint.infer({"x": both})["z"].tolist() == [4, 6]
+    assert target.calls == [(1, b""), (1, b"c"), (1, b"")]
 
 
 # --------------------------------------------------------------------------- what graphpipe-batcher got wrong
