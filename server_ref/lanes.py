@@ -206,16 +206,22 @@ class Lanes(Generic[P]):
             raise ModelUnavailable(f"model '{self._name}' is no longer served")
         if not self._lanes and self._abandoned():
             raise ModelUnavailable(f"every instance of model '{self._name}' hangs: none answers, and none returns")
-        waiting, limits = len(self._queue), self.limits
+        limits = self.limits
+        if self._idle and (len(self._queue) >= limits.max_requests or self._too_large(pending)):
+            self._dispatch(now=math.inf)  # what waits for company has waited long enough
+        waiting = len(self._queue)
         if self._idle and not waiting:
             return
         if waiting >= limits.max_requests:
             raise Overloaded(f"{waiting} requests wait already: expected at most {limits.max_requests}")
-        if self._queued_bytes + pending.payload_bytes > limits.max_bytes:
+        if self._too_large(pending):
             raise Overloaded(
                 f"the inputs of requests that wait take {self._queued_bytes} bytes already: "
                 f"expected at most {limits.max_bytes} with this one's {pending.payload_bytes}"
             )
+
+    def _too_large(self, pending: P) -> bool:
+        return self._queued_bytes + pending.payload_bytes > self.limits.max_bytes
 
     def cancel(self, pending: P) -> bool:
         """Give a request up: whether it waited; one that runs is not interrupted, and is delivered as `cancelled`."""
@@ -310,16 +316,16 @@ class Lanes(Generic[P]):
                 self._dispatch(awake=lane)
         self._deliver(batch, outcome)
 
-    def _dispatch(self, awake: _Lane[P] | None = None) -> None:
+    def _dispatch(self, awake: _Lane[P] | None = None, now: float | None = None) -> None:
         """Give idle lanes what may go now, and see that one of them watches the clock for the rest; the lock is held.
 
-        `awake` is the lane that asks, which need not be woken.
+        `awake` is the lane that asks, which need not be woken; `now` is the time unless given.
         """
         look_at, gave = math.inf, False
         while self._idle and self._queue:
             if self._may_be_down and not self._bring_forward():
                 break
-            batch, look_at = self._queue.take(now=time.monotonic(), run_s=self._run_s)
+            batch, look_at = self._queue.take(now=now or time.monotonic(), run_s=self._run_s)
             if not batch:
                 break
             lane = self._idle.pop()

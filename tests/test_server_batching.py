@@ -34,7 +34,7 @@ from remote_ops.errors import (
 from remote_ops.signature import Signature
 from server_ref.batching import Batching, Queue, choose
 from server_ref.instances import Instances, Request
-from server_ref.lanes import Lanes, Pending, QueueLimits
+from server_ref.lanes import Lanes, Pending, QueueLimits, _Seat
 from server_ref.model import Version
 from server_ref.stacking import Call, group_of, infer_apart, infer_together, is_out_of_memory, rows_of
 
@@ -630,6 +630,20 @@ def test_a_thread_that_hangs_is_replaced_at_once_and_four_are_the_most() -> None
     assert lanes.stop() == []
 
 
+def test_the_place_of_a_thread_that_hangs_is_free_later_and_later_and_again_once_one_returns() -> None:
+    seat = _Seat("servable")
+    waits = []
+    for _ in range(4):
+        seat.lost(100.0)
+        waits.append(seat.free_at - 100.0)
+    assert waits == pytest.approx([0.0, 0.1, 0.2, math.inf])
+    seat.returned(200.0)
+    assert seat.free_at == pytest.approx(200.2)
+    seat.free_at = math.inf  # another sits down
+    seat.returned(300.0)
+    assert seat.free_at == math.inf
+
+
 def test_what_waits_behind_threads_that_all_hang_is_given_up_too() -> None:
     release, delivered = threading.Event(), list[Any]()
     lanes = lanes_of(lambda *_: release.wait(WAIT_S), delivered, response_timeout_s=0.01)
@@ -732,6 +746,20 @@ def test_r2_the_queue_is_bounded_by_bytes_too() -> None:
             assert version.instances.lanes.waiting_bytes == 1000
         assert [client.read().status for client in (first, second, fourth)] == [200] * 3
     assert version.instances.lanes.waiting_bytes == 0
+
+
+@pytest.mark.parametrize("limits", [QueueLimits(max_requests=3), QueueLimits(max_bytes=24)])
+def test_r2_what_waits_for_company_goes_before_anybody_is_refused(limits: QueueLimits) -> None:
+    """The instance is idle: a batch larger than the queue cannot come, so the queue is the batch."""
+    gate, told = Gate(), list[Any]()
+    rules = Batching(max_rows=8, max_delay_s=LONG_S)
+    with Instances([gate.servable], batching=rules, limits=limits) as instances:
+        with gate.shut():
+            for value in range(4):
+                submit(instances, row(value), done=told.append)
+            assert until(lambda: gate.began == [[0, 1, 2]])
+            assert instances.lanes.waiting == 1
+        assert until(lambda: len(told) == 3)
 
 
 @pytest.mark.slow
