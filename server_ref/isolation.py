@@ -137,8 +137,8 @@ class Isolated:
             `InternalError` with its words.
         ModelUnavailable: the child died or took too long while it loaded.
 
-    `close` it in the end. The child ends with this process, however that ends. A call costs some 0.2 ms more than
-    without, and a copy of what goes in and out.
+    `close` it in the end. The child ends with this process, however that ends. A call costs some 0.3 ms more than
+    without, and 1 ms for each megabyte that goes in and comes out.
     """
 
     def __init__(
@@ -171,11 +171,10 @@ class Isolated:
         self._thread = threading.Thread(target=self._supervise, args=(first,), name=f"{self.name}-worker", daemon=True)
         self._thread.start()
         try:
-            worker = first.result()
+            first.result()
         except BaseException:
             self.close()
             raise
-        self._signature, self.concurrency, self.device = worker.signature, worker.concurrency, worker.device
 
     def __repr__(self) -> str:
         return f"Isolated({self.name!r}, pid={self.pid})"
@@ -286,6 +285,7 @@ class Isolated:
                 self._why = f"it could not be loaded again: {error}"
             else:
                 if not first.done():
+                    self._signature, self.concurrency, self.device = worker.signature, worker.concurrency, worker.device
                     first.set_result(worker)
                 self._run(worker)
             deaths = self._backoff.deaths(deaths, self._clock() - since)

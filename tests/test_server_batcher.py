@@ -404,3 +404,16 @@ def test_the_command_serves_until_sigterm(tmp_path: Path) -> None:
             assert process.wait(WAIT_S) == 0
             process.stderr.read()
     assert target.calls == [(4, b"")]
+
+
+def test_the_page_lists_every_flag_and_its_value() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "server-batching.md").read_text("utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| `-")
+    ]
+    documented = {flag: given.strip("`") for flags, _, given in rows for flag in re.findall(r"`(-[-\w]+)`", flags)}
+    actions = [action for action in _parser()._actions if action.dest != "help"]
+    assert set(documented) == {flag for action in actions for flag in action.option_strings}
+    for action in actions:
+        if isinstance(action.default, int | float) and not isinstance(action.default, bool):
+            assert float(documented[action.option_strings[-1]]) == action.default
