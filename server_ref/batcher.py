@@ -24,7 +24,6 @@ from server_ref.batching import Batching
 from server_ref.cache import Cached
 from server_ref.lifecycle import serve
 from server_ref.model import Version
-from server_ref.rowdisk import DiskRows
 from server_ref.rowstore import MemoryRows, RowCache
 
 __all__ = ["Upstream", "batcher", "main"]
@@ -115,16 +114,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.workers < 1:
             raise SpecError(f"expected 1 or more, got {args.workers}", path="--workers")
-        rows = (DiskRows(args.cache_dir) if args.cache_dir else MemoryRows()) if args.cache else None
+        rows = _rows(args.cache_dir) if args.cache else None
         with Endpoint(args.target_url, _TARGET_S) as endpoint:
             upstream = Upstream(
                 endpoint, workers=args.workers, inputs=_names(args.inputs), outputs=_names(args.outputs)
             )
             version = batcher(upstream, batch_size=args.batch_size, timeout_s=args.timeout / 1000, rows=rows)
             return serve({version.name: version}, args.listen, grace_s=args.drain_grace_s)
-    except RemoteOpsError as error:
+    except (RemoteOpsError, ImportError) as error:
         print(f"batcher: {error}", file=sys.stderr)
         return 2
+
+
+def _rows(folder: str | None) -> RowCache:
+    if not folder:
+        return MemoryRows()
+    from server_ref.rowdisk import DiskRows  # it needs lmdb, which is an extra
+
+    return DiskRows(folder)
 
 
 def _names(text: str) -> list[str]:

@@ -281,6 +281,13 @@ def test_outputs_that_have_no_row_for_each_row_are_computed_for_each_request_by_
     assert seen == [8, 2, 1, 3]
 
 
+def test_a_request_whose_outputs_cannot_be_cut_is_computed_without_padding() -> None:
+    seen: list[int] = []
+    found = infer_together(calls_of([1, 2]), model_of(seen, by_row=False), padded_rows=lambda rows: 8)
+    assert answers_of(found) == [3]
+    assert seen == [8, 2]
+
+
 def test_padding_is_not_seen_in_the_answer_and_adds_no_row_that_the_model_cannot_bear() -> None:
     given_rows: list[Array] = []
 
