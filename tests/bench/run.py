@@ -19,7 +19,7 @@ def main() -> None:
     """Print every figure, with the hardware and the commit."""
     print(hardware())
     print(f"{'':58} {'ours':>14} {'bare twin':>14} {'ratio':>8}", flush=True)
-    for bench in (codec, exchange, real_model, memory, torch_layer, torch_gpu, tf_ops, graphs, limits):
+    for bench in (codec, exchange, real_model, memory, torch_layer, torch_gpu, tf_ops, graphs, limits, serving):
         bench.main()
 
 
