@@ -165,7 +165,7 @@ class Isolated:
         self._why = "it has not started yet"
         self._starts = 0
         self._watchers: list[Callable[[], None]] = []
-        self._folder = Path(tempfile.mkdtemp(prefix="server_ref-"))
+        self._folder = _private_folder()
         first: Future[_Worker] = Future()
         # This thread starts every child and lives as long: the kernel tells a child when the thread that made it ends.
         self._thread = threading.Thread(target=self._supervise, args=(first,), name=f"{self.name}-worker", daemon=True)
@@ -366,6 +366,15 @@ class Isolated:
         if "ready" in told:
             return told["ready"]  # type: ignore[no-any-return]
         raise _raised(self.name, **{key.replace("class", "kind"): value for key, value in told["failed"].items()})
+
+
+def _private_folder() -> Path:
+    """A new folder that only this user can enter; a path of a socket may not be long."""
+    long = len(os.fsencode(tempfile.gettempdir())) > _MOST_PATH_BYTES
+    return Path(tempfile.mkdtemp(prefix="server_ref-", dir="/tmp" if long else None))
+
+
+_MOST_PATH_BYTES = 70
 
 
 def _orders(what: str, options: Mapping[str, Any], name: str) -> dict[str, Any]:

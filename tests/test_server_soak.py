@@ -131,8 +131,8 @@ def server(tmp_path: Path) -> Iterator[Server]:
 # --------------------------------------------------------------------------- R10
 
 
-@pytest.mark.parametrize("model", ["quick", "batched", "isolated"])
-def test_r10_ten_thousand_requests_take_less_than_a_kilobyte_each(server: Server, model: str) -> None:
+@pytest.mark.parametrize(("model", "times"), [("quick", 10_000), ("batched", 10_000), ("isolated", 4000)])
+def test_r10_ten_thousand_requests_take_less_than_a_kilobyte_each(server: Server, model: str, times: int) -> None:
     x = np.ones((1, 4), np.float32)
     children = {child.pid: child for child in server.ps.children()}
 
@@ -149,7 +149,7 @@ def test_r10_ten_thousand_requests_take_less_than_a_kilobyte_each(server: Server
         return server.rss + sum(child.memory_info().rss for child in children.values())
 
     before = calls(2000)
-    slope = (calls(10_000) - before) / 10_000
+    slope = (calls(times) - before) / times
     print(f"\n{model}: {slope:.1f} bytes a request")
     assert slope < 1000
 
