@@ -27,6 +27,7 @@ from remote_ops.oip import (
     decode_metadata,
     decode_request,
     decode_response,
+    dump_json,
     encode_error,
     encode_metadata,
     encode_request,
@@ -684,3 +685,38 @@ def test_strings_are_not_multiplied() -> None:
     body = struct.pack("<I", 2**32 - 1) * 4
     head = json.dumps({"inputs": [{"name": "x", "datatype": "BYTES", "shape": [4], **SIZED}]}).encode()
     refused(lambda: decode_request(head + body, len(head)), "runs past the end")
+
+
+# --------------------------------------------------------------------------- long texts
+
+
+def test_a_text_written_bit_by_bit_is_what_json_writes() -> None:
+    generator = np.random.default_rng(0)
+
+    def value(depth: int) -> Any:
+        kind = generator.integers(5) if depth else 4
+        if kind == 0:
+            return [value(depth - 1) for _ in range(generator.integers(4))]
+        if kind == 1:
+            return {f"\u00e9{index}": value(depth - 1) for index in range(generator.integers(4))}
+        if kind == 2:
+            return generator.random(generator.integers(40_000)).tolist()
+        if kind == 3:
+            return [list(range(generator.integers(6))) for _ in range(generator.integers(9000))]
+        return [None, True, 1, -1.5, '"\u00e9'][generator.integers(5)]
+
+    made = [{"a": value(4), "b": value(3)} for _ in range(60)]
+    made += [{}, {"a": []}, {"a": [[], [1] * 50_000]}, {"a": [[1] * 50_000, []]}, {"a": [[[list(range(50_000))]]] * 2}]
+    for one in made:
+        assert dump_json(one) == json.dumps(one, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def test_a_long_text_is_read_as_a_short_one_is() -> None:
+    x = np.array([[0.1, -1e-300], [5e300, 2.0]] * 5000)
+    long = b"".join(encode_request(("x", "n"), [x, np.arange(20_000)], binary=False).buffers)
+    assert len(long) > 1 << 16
+    read = decode_request(long).tensors
+    np.testing.assert_array_equal(read["x"], x)
+    assert (read["n"].dtype, read["n"].tolist()) == (np.dtype("i8"), list(range(20_000)))
+    with pytest.raises(DecodeError, match="beyond the range"):
+        decode_request(long.replace(b"5e+300", b"5e+400", 1))
