@@ -6,13 +6,24 @@ It knows no connections and no models.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
-from remote_ops import graphpipe
+from remote_ops import graphpipe, http1, oip
 from remote_ops.errors import FramingError, RemoteError, RemoteOpsError, answer_of
 
-__all__ = ["BINARY", "JSON", "TEXT", "Answer", "Failure", "failure_of", "graphpipe_error", "text_error"]
+__all__ = [
+    "BINARY",
+    "JSON",
+    "TEXT",
+    "Answer",
+    "Failure",
+    "error_form",
+    "failure_of",
+    "graphpipe_error",
+    "json_error",
+    "text_error",
+]
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 log = logging.getLogger("server_ref")
@@ -70,3 +81,19 @@ def text_error(error: BaseException) -> Answer:
     """An error as a line of text, as the servers of 2018 answer."""
     failure = failure_of(error)
     return Answer(failure.status, TEXT, (f"{failure.message}\n".encode(),), failure.headers)
+
+
+def json_error(error: BaseException) -> Answer:
+    """An error as `{"error": words}`, as the Open Inference Protocol and TensorFlow Serving answer."""
+    failure = failure_of(error)
+    return Answer(failure.status, JSON, (oip.encode_error(failure.message),), failure.headers)
+
+
+_IN_JSON = ("/v2/", "/v2?", "/v1/models/")
+
+
+def error_form(head: http1.Head) -> Callable[[BaseException], Answer]:
+    """How a client is told of errors: in the words of the protocol that its path means."""
+    if head.target.startswith(_IN_JSON) or head.target == "/v2":
+        return json_error
+    return text_error if head.headers.get("accept", "").startswith("text/plain") else graphpipe_error

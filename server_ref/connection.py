@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
@@ -17,7 +18,7 @@ from remote_ops import http1
 from remote_ops.buffers import BufferPool
 from remote_ops.connection import write_at_once, write_buffers
 from remote_ops.errors import FramingError
-from server_ref.answer import Answer, graphpipe_error, text_error
+from server_ref.answer import Answer, error_form, graphpipe_error
 from server_ref.model import Run
 
 __all__ = ["Connection", "Host", "Timeouts"]
@@ -70,6 +71,8 @@ class Connection(asyncio.BufferedProtocol):
         self.served = False
         self.run: Run | None = None
         self.error_answer: Callable[[BaseException], Answer] = graphpipe_error
+        self.arrived_at = 0.0  # when the request at hand was complete, on the monotonic clock
+        self.more_headers: Sequence[tuple[str, str]] = ()  # of the answer to the request at hand, whatever it says
         self._writing: asyncio.Task[None] | None = None
         self.expires_at = 0.0
         self._head: http1.Head | None = None
@@ -145,7 +148,9 @@ class Connection(asyncio.BufferedProtocol):
             self._head = message.head
             self._body_since = None
             self.expires_at = float("inf")
-            self.error_answer = _error_form(message.head)
+            self.error_answer = error_form(message.head)
+            self.more_headers = ()
+            self.arrived_at = time.monotonic()
             try:
                 answer = self.front.answer(message, self)
             except Exception as error:
@@ -189,7 +194,11 @@ class Connection(asyncio.BufferedProtocol):
         size = sum(map(len, answer.body))
         body = () if head.method == "HEAD" else answer.body
         rendered = http1.response_head(
-            answer.status, size, answer.content_type, keep_alive=keep_alive, headers=answer.headers
+            answer.status,
+            size,
+            answer.content_type,
+            keep_alive=keep_alive,
+            headers=[*answer.headers, *self.more_headers],
         )
         parts = [rendered, *body]
         if write_at_once(transport, parts):
@@ -225,7 +234,7 @@ class Connection(asyncio.BufferedProtocol):
         """Answer what cannot be read as a request, and close: where the next one would begin is unknown."""
         if self._lingering or self.transport is None:
             return
-        answer = self.error_answer(error)
+        answer = (error_form(self.reader.head) if self.reader.head else self.error_answer)(error)
         head = http1.response_head(answer.status, sum(map(len, answer.body)), answer.content_type, keep_alive=False)
         self.transport.write(head + b"".join(answer.body))
         # Closing now would reset the connection while the peer still sends, and it would never see the answer.
@@ -262,8 +271,3 @@ class Connection(asyncio.BufferedProtocol):
 
     def _expire_after(self, seconds: float) -> None:
         self.expires_at = self.front.loop.time() + seconds
-
-
-def _error_form(head: http1.Head) -> Callable[[BaseException], Answer]:
-    """How a client wants to be told of errors, unless its protocol says otherwise."""
-    return text_error if head.headers.get("accept", "").startswith("text/plain") else graphpipe_error

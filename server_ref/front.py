@@ -11,19 +11,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any
 from urllib.parse import unquote
 
 from remote_ops import graphpipe, http1
 from remote_ops.buffers import BufferPool
-from remote_ops.deadline import Deadline
-from remote_ops.errors import InvalidRequest, RemoteOpsError
+from remote_ops.errors import RemoteOpsError
 from remote_ops.servable import Servable
 from remote_ops.signature import Array
 from server_ref.answer import BINARY, JSON, TEXT, Answer
+from server_ref.aside import Aside
 from server_ref.catalog import Catalog, Chosen
+from server_ref.compression import coding_of, inflate, inflate_little
 from server_ref.connection import Connection, Timeouts
+from server_ref.exchange import Entry, Exchange, ModelControl, deadline_of
 from server_ref.model import Run, Version, name_inputs
+from server_ref.open_inference import OpenInference
+from server_ref.origins import check_origins, origin_headers, preflight
 
 __all__ = ["Front"]
 
@@ -41,6 +46,10 @@ class Front:
         limits: what a request may be in size.
         timeouts: how long a peer may take.
         on_shutdown: called when a local peer asks for `/control/shutdown`; without it that is refused.
+        cors_origins: whose pages may call from a browser; `*` for everybody's.
+
+    `control` may be set to what loads and unloads models for clients of `/v2/repository`; without it that is refused.
+    `index` may be set to what lists them all, also those that are not served.
     """
 
     def __init__(
@@ -50,6 +59,7 @@ class Front:
         limits: http1.Limits = http1.Limits(),  # noqa: B008 (immutable)
         timeouts: Timeouts = Timeouts(),  # noqa: B008 (immutable)
         on_shutdown: Callable[[], None] | None = None,
+        cors_origins: Sequence[str] = (),
     ) -> None:
         self.catalog = Catalog(
             {name: what if isinstance(what, Version) else Version(name, [what]) for name, what in models.items()}
@@ -57,16 +67,23 @@ class Front:
         self.limits = limits
         self.timeouts = timeouts
         self.on_shutdown = on_shutdown
+        self.cors_origins = check_origins(cors_origins)
+        self.control: ModelControl | None = None
+        self.index: Callable[[], Iterable[Entry]] | None = None
         self.buffers = BufferPool()
         self.connections: set[Connection] = set()
         self.ready = False
         self.alive = True
         self.draining = False  # then every answer closes its connection
+        self._aside = Aside()
+        self._awaited: set[asyncio.Task[None]] = set()
+        self._open_inference = OpenInference(self)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start the threads that models run on; call it on the loop, before the first connection."""
         self.loop = loop
         self.catalog.start(loop)
+        self._aside.start(loop)
         self.ready = True
         self._sweep()
 
@@ -75,6 +92,9 @@ class Front:
         self.alive = self.ready = False
         for connection in tuple(self.connections):
             connection.abort()
+        for task in tuple(self._awaited):
+            task.cancel()
+        self._aside.stop()
         self.catalog.stop()
 
     def connection(self) -> Connection:
@@ -107,16 +127,38 @@ class Front:
 
     def answer(self, message: http1.Message, connection: Connection) -> Answer | None:
         """Answer a request, or start what will; None if the answer comes later, through its `finish`."""
+        headers = message.head.headers
+        if self.cors_origins:
+            connection.more_headers = origin_headers(message.head, self.cors_origins)
+        if "content-encoding" in headers and message.body and (coding := coding_of(headers["content-encoding"])):
+            return self._inflate(message, coding, connection)
+        return self._route(message, connection)
+
+    def _inflate(self, message: http1.Message, coding: str, connection: Connection) -> Answer | None:
+        head, body, most = message.head, message.body, self.limits.max_body_bytes
+        little = inflate_little(body, coding, most)
+        if little is not None:
+            return self._route(http1.Message(head, memoryview(little)), connection)
+        self.later(
+            lambda: inflate(body, coding, most, self.buffers.take, lambda: connection.busy),
+            lambda found: self._route(http1.Message(head, found), connection),
+            connection,
+        )
+        return None
+
+    def _route(self, message: http1.Message, connection: Connection) -> Answer | None:
         method, target = message.head.method, message.head.target
         path = unquote(target.partition("?")[0])
         if path.startswith("/control/"):
             return self._control(path.removeprefix("/control/"), method, message, connection)
+        if method == "OPTIONS":
+            return preflight(allowed="Access-Control-Allow-Origin" in dict(connection.more_headers))
+        if path.startswith("/v2/") or path == "/v2":
+            return self._open_inference.answer(Exchange(method, path, message.head, message.body, connection))
         if method == "POST":
             return self._post(self._chosen(path, message.head), message, connection)
         if method == "GET":
             return self._get(path, message.head)
-        if method == "OPTIONS":
-            return Answer(204, TEXT, (), [_ALLOW])
         text = f"no {method} here: GET gives metadata, POST calls the model\n"
         return Answer(405, TEXT, (text.encode(),), [_ALLOW])
 
@@ -131,6 +173,40 @@ class Front:
         if answer is None:
             connection.run = run
         return answer
+
+    def later(self, work: Callable[[], Any], then: Callable[[Any], Answer | None], connection: Connection) -> None:
+        """Do `work` on another thread and go on with what it gives, on the loop: `then` answers as a route does."""
+
+        def told(outcome: Any) -> None:
+            if not connection.busy:  # its client has gone
+                return
+            try:
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                answer = then(outcome)
+            except Exception as error:
+                connection.finish(error)
+                return
+            if answer is not None:
+                connection.finish(answer)
+
+        self._aside.submit(work, told)
+
+    def wait_for(self, awaited: Awaitable[Any], then: Callable[[Any], Answer], connection: Connection) -> None:
+        """Wait for something and go on with what it gives; it goes on if the client does not wait for it."""
+
+        async def wait() -> None:
+            outcome: Answer | BaseException
+            try:
+                outcome = then(await awaited)
+            except Exception as error:
+                outcome = error
+            if connection.busy:
+                connection.finish(outcome)
+
+        task = self.loop.create_task(wait())
+        self._awaited.add(task)
+        task.add_done_callback(self._awaited.discard)
 
     def _get(self, path: str, head: http1.Head) -> Answer:
         if path == "/" and self.catalog.only is None:
@@ -162,7 +238,7 @@ class Front:
     # inference
 
     def _post(self, chosen: Chosen, message: http1.Message, connection: Connection) -> Answer | None:
-        version, deadline = chosen.version, deadline_of(message.head)
+        version, deadline = chosen.version, deadline_of(message.head, connection.arrived_at)
         request = graphpipe.decode_request(message.body)
         if isinstance(request, graphpipe.MetadataRequest):
             return Answer(200, BINARY, (version.metadata,))
@@ -203,17 +279,3 @@ def _text(status: int, text: str) -> Answer:
 
 def _write(results: dict[str, Array]) -> Answer:
     return Answer(200, BINARY, graphpipe.encode_response(list(results.values())))
-
-
-def deadline_of(head: http1.Head) -> Deadline:
-    """By when the client of a request wants its answer; never, unless it says.
-
-    Raises:
-        InvalidRequest: the header is no number of milliseconds.
-    """
-    left = head.headers.get("x-request-timeout-ms")
-    if left is None:
-        return Deadline.never()
-    if not (left.isascii() and left.isdigit() and len(left) <= 12):
-        raise InvalidRequest(f"X-Request-Timeout-Ms: expected a number of milliseconds, got {left[:32]!r}")
-    return Deadline.after(int(left) / 1000)

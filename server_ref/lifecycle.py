@@ -117,6 +117,7 @@ class Server:
                 raise SpecError(f"no model can be called {name!r}: its name is its path", path="models")
         self.front = Front(models, limits=limits, timeouts=timeouts, on_shutdown=on_shutdown)
         self.repository = Repository(self.front.catalog, told=told)
+        self.front.index = self.repository.index
         self.url = ""
         self._tls = tls
         self._listener: asyncio.AbstractServer | None = None

@@ -34,6 +34,7 @@ from remote_ops.servable import Servable
 from remote_ops.signature import DTYPES, Signature, TensorSpec
 from server_ref.answer import Answer
 from server_ref.batching import Batching
+from server_ref.cache import CacheStats
 from server_ref.instances import Instances, Request
 from server_ref.lanes import QueueLimits
 from server_ref.stacking import Call
@@ -87,6 +88,7 @@ class Version:
             deliver=None if awaited else self._deliver, stats=self.stats,
         )  # fmt: skip
         outer = awaited(self.instances) if awaited else self.servable
+        self.cache_stats: Callable[[], CacheStats] | None = getattr(outer, "cache_stats", None)
         alone = len(servables) == 1 and not batching.max_rows
         self.ainfer: Callable[..., Awaitable[dict[str, Array]]] | None = (
             getattr(outer, "ainfer", None) if awaited or alone else None
@@ -187,7 +189,7 @@ class Version:
     def _fits_on_loop(self, run: Run) -> bool:
         """Whether handing the run to a thread would cost more than the run: it only computes, and is known as quick."""
         quick = self._never_waits and self.instances.recent_infer_s < _QUICK_S
-        return quick and run.payload_bytes < _QUICK_BYTES
+        return quick and run.payload_bytes < _QUICK_BYTES and not run.slow_write
 
     def _await(self, run: Run, loop: asyncio.AbstractEventLoop) -> None:
         awaited, most = len(self._tasks), self.limits.max_requests
@@ -207,7 +209,8 @@ class Version:
         except BaseException as error:
             outcome = error
         infer_s = time.perf_counter() - began
-        settled = run.settle(outcome)
+        aside = run.slow_write and not isinstance(outcome, BaseException)
+        settled = await asyncio.to_thread(run.settle, outcome) if aside else run.settle(outcome)
         if not self._threads:
             self.stats.ran(
                 run.rows, waited_s=[0.0], input_s=0.0, infer_s=infer_s,
@@ -256,6 +259,7 @@ class Run(Request):
         config, deadline, priority: its own.
         write: makes the answer of the outputs by name; on an instance's thread.
         done: is told the answer, or what went wrong, on the loop.
+        slow_write: whether `write` takes so long that the loop must not wait for it: text, or compression.
     """
 
     def __init__(
@@ -269,11 +273,13 @@ class Run(Request):
         priority: int = 0,
         write: Callable[[dict[str, Array]], Answer],
         done: Callable[[Any], None],
+        slow_write: bool = False,
     ) -> None:
         call = Call(arrays, [spec.name for spec in wanted], config)
         super().__init__(call, deadline, settle=self._settled, done=done, priority=priority)
         self.version = version
         self.wanted = wanted
+        self.slow_write = slow_write
         self.ended = False
         self.task: asyncio.Task[None] | None = None
         self._write = write
