@@ -29,6 +29,7 @@ from server_ref.exchange import Entry, Exchange, ModelControl, deadline_of
 from server_ref.model import Run, Version, name_inputs
 from server_ref.open_inference import OpenInference
 from server_ref.origins import check_origins, origin_headers, preflight
+from server_ref.predict import Predict
 
 __all__ = ["Front"]
 
@@ -78,6 +79,7 @@ class Front:
         self._aside = Aside()
         self._awaited: set[asyncio.Task[None]] = set()
         self._open_inference = OpenInference(self)
+        self._predict = Predict(self)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start the threads that models run on; call it on the loop, before the first connection."""
@@ -155,6 +157,8 @@ class Front:
             return preflight(allowed="Access-Control-Allow-Origin" in dict(connection.more_headers))
         if path.startswith("/v2/") or path == "/v2":
             return self._open_inference.answer(Exchange(method, path, message.head, message.body, connection))
+        if path.startswith("/v1/models/"):
+            return self._predict.answer(Exchange(method, path, message.head, message.body, connection))
         if method == "POST":
             return self._post(self._chosen(path, message.head), message, connection)
         if method == "GET":

@@ -12,7 +12,7 @@ import pytest
 from remote_ops import DeadlineExceeded, graphpipe, http1
 from remote_ops.errors import ANSWERS
 from remote_ops.signature import DTYPES, MAX_RANK
-from server_ref import Timeouts
+from server_ref import Timeouts, json_text
 from server_ref.__main__ import _parser
 from server_ref.lanes import QueueLimits
 
@@ -129,6 +129,16 @@ def test_server_page_states_the_limits_of_the_server() -> None:
         "a client that does not read its answer": timeouts.write_s,
     }
     assert number(rows["body to arrive"].partition("each")[2]) == timeouts.min_rate
+
+
+def test_page_of_other_protocols_states_the_bounds_of_a_text() -> None:
+    rows = {what: number(most) for what, most in tables_of("docs/server-oip.md")["a JSON text", "most"]}
+    assert rows == {
+        "bytes": json_text.MAX_BYTES,
+        "depth of lists and objects": json_text.MAX_DEPTH,
+        "lists and objects": json_text.MAX_LISTS,
+        "commas": json_text.MAX_COMMAS,
+    }
 
 
 def test_readme_shows_errors_of_classes_that_exist() -> None:

@@ -65,7 +65,7 @@ ROOMS = {
         ("model",),
         ("catalog", "connection", "opening"),
         ("exchange", "repository"),
-        ("triton_json",),
+        ("predict", "triton_json"),
         ("open_inference",),
         ("front",),
         ("progress", "watch"),

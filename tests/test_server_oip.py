@@ -687,9 +687,10 @@ def test_s4_whatever_is_sent_is_answered_in_json_and_never_by_a_crash(client: Cl
     generator = np.random.default_rng(3)
     whole, header = binary()
     size = int(header["Inference-Header-Content-Length"])
+    rows = b'{"instances": [[1, 2], {"x": [3, 4]}]}'
     tokens = [b"{", b"}", b"[", b"]", b'"', b"\\", b"-", b"1e999", b"null", b"true", b"\xff", b"", b"99", b'"data":']
     for _ in range(400):
-        for path, body, headers in ((INFER, whole, header),):
+        for path, body, headers in ((INFER, whole, header), ("/v1/models/double:predict", rows, {})):
             at = int(generator.integers(min(size, len(body))))
             cut = int(generator.integers(4))
             damaged = body[:at] + tokens[generator.integers(len(tokens))] + body[at + cut :]
