@@ -1,11 +1,13 @@
 """Other people's Open Inference Protocol software, run by an interpreter of its own: see `make peers`.
 
 `serve PORT` is a KServe model server whose models answer with what they get; `oracle` builds and parses messages with
-`tritonclient`: one JSON object a line in, one out. It imports nothing of ours.
+`tritonclient`; `calls HOST:PORT` calls a server with `tritonclient` and the SDK of KServe: one JSON object a line in,
+one out. It imports nothing of ours.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import sys
@@ -93,16 +95,23 @@ def packed(array: np.ndarray[Any, Any]) -> dict[str, Any]:
     return row | {"data": base64.b64encode(array.tobytes()).decode()}
 
 
-def build(question: dict[str, Any]) -> dict[str, Any]:
-    """A request as `tritonclient` writes it."""
-    from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
+def parts(question: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    """Inputs and wanted outputs as `tritonclient` takes them."""
+    from tritonclient.http import InferInput, InferRequestedOutput
 
     inputs = []
     for row in question["inputs"]:
         tensor = InferInput(row["name"], row["shape"], row["datatype"])
         tensor.set_data_from_numpy(unpacked(row), binary_data=question["binary"])
         inputs.append(tensor)
-    outputs = [InferRequestedOutput(name, binary_data=question["binary"]) for name in question["outputs"]]
+    return inputs, [InferRequestedOutput(name, binary_data=question["binary"]) for name in question["outputs"]]
+
+
+def build(question: dict[str, Any]) -> dict[str, Any]:
+    """A request as `tritonclient` writes it."""
+    from tritonclient.http import InferenceServerClient
+
+    inputs, outputs = parts(question)
     body, size = InferenceServerClient.generate_request_body(
         inputs, outputs=outputs or None, request_id=question.get("id", ""), parameters=question.get("parameters")
     )
@@ -126,5 +135,88 @@ def oracle() -> None:
         print(json.dumps(build(question) if "inputs" in question else parse(question)), flush=True)
 
 
+# --------------------------------------------------------------------------- calls
+
+
+def answer_of(result: Any) -> Any:
+    """What a call came to, as JSON: the reply to an inference with its tensors, or what the method gave."""
+    if not hasattr(result, "as_numpy"):
+        return result
+    reply = result.get_response()
+    tensors = {row["name"]: packed(result.as_numpy(row["name"])) for row in reply["outputs"]}
+    return {key: value for key, value in reply.items() if key != "outputs"} | {"tensors": tensors}
+
+
+def arguments_of(question: dict[str, Any]) -> dict[str, Any]:
+    given = dict(question.get("arguments", {}))
+    if "inputs" in question:
+        inputs, outputs = parts(question)
+        given |= {"inputs": inputs, "outputs": outputs or None}
+    return given
+
+
+def call_sync(url: str, question: dict[str, Any]) -> Any:
+    from tritonclient.http import InferenceServerClient
+
+    with InferenceServerClient(url) as client:
+        result = getattr(client, question["method"])(**arguments_of(question))
+        return answer_of(result.get_result() if question["method"] == "async_infer" else result)
+
+
+async def call_aio(url: str, question: dict[str, Any]) -> Any:
+    from tritonclient.http.aio import InferenceServerClient
+
+    async with InferenceServerClient(url) as client:
+        return answer_of(await getattr(client, question["method"])(**arguments_of(question)))
+
+
+async def call_kserve(url: str, question: dict[str, Any]) -> Any:
+    from kserve import InferenceRESTClient, InferInput, InferRequest
+    from kserve.inference_client import RESTConfig
+    from kserve.protocol.infer_type import RequestedOutput
+
+    client = InferenceRESTClient(RESTConfig(protocol=question.get("protocol", "v2")))
+    try:
+        arguments = dict(question.get("arguments", {}))
+        if "inputs" in question:
+            inputs = []
+            for row in question["inputs"]:
+                tensor = InferInput(row["name"], row["shape"], row["datatype"])
+                tensor.set_data_from_numpy(unpacked(row), binary_data=question["binary"])
+                inputs.append(tensor)
+            parameters = {"binary_data_output": question["binary"]}
+            outputs = [RequestedOutput(name, {"binary_data": question["binary"]}) for name in question["outputs"]]
+            arguments["data"] = InferRequest(
+                arguments["model_name"], inputs, "7", parameters=parameters, request_outputs=outputs or None
+            )
+        result = await getattr(client, question["method"])(f"http://{url}/", **arguments)
+    finally:
+        await client.close()
+    if not hasattr(result, "outputs"):
+        return result
+    tensors = {tensor.name: packed(tensor.as_numpy()) for tensor in result.outputs}
+    return {"id": result.id, "model_name": result.model_name, "tensors": tensors}
+
+
+def calls(url: str) -> None:
+    """Make the call that each line of the input tells of, at `url`, and print what it came to or what it raised."""
+    for line in sys.stdin:
+        question = json.loads(line)
+        try:
+            if question["client"] == "sync":
+                said = {"gave": call_sync(url, question)}
+            else:
+                call = call_aio if question["client"] == "aio" else call_kserve
+                said = {"gave": asyncio.run(call(url, question))}
+        except Exception as error:
+            said = {"raised": type(error).__name__, "message": str(error)}
+        print(json.dumps(said), flush=True)
+
+
 if __name__ == "__main__":
-    serve(int(sys.argv[2])) if sys.argv[1] == "serve" else oracle()
+    if sys.argv[1] == "serve":
+        serve(int(sys.argv[2]))
+    elif sys.argv[1] == "calls":
+        calls(sys.argv[2])
+    else:
+        oracle()

@@ -1,9 +1,13 @@
-"""`tritonclient` as the oracle of our codec, and a KServe model server for our client; both in another environment."""
+"""`tritonclient` as the oracle of our codec, KServe's server for our client, and their clients for our server.
+
+All of that runs in another environment.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import os
 import socket
@@ -21,9 +25,11 @@ import pytest
 from oippeer import KSERVE, packed
 from rawpeer import until
 
-from remote_ops import Endpoint, Retry
+import server_ref
+from remote_ops import Endpoint, FunctionServable, Retry, TensorSpec
 from remote_ops.errors import InternalError, InvalidRequest, ModelNotFound, SignatureError
 from remote_ops.oip import DATATYPES, decode_request, encode_request, encode_response
+from remote_ops.signature import BY_NUMPY
 
 ROOT = Path(__file__).parents[1]
 PYTHON = Path(os.environ.get("REMOTE_OPS_PEERS", ROOT / ".venv-peers")) / "bin" / "python"
@@ -40,10 +46,10 @@ Array = npt.NDArray[Any]
 Ask = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-@pytest.fixture(scope="module")
-def ask() -> Iterator[Ask]:
-    """Have `tritonclient` build or parse a message."""
-    with subprocess.Popen([*PEER, "oracle"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+@contextlib.contextmanager
+def peer(*arguments: str) -> Iterator[Ask]:
+    """Their software in a process of its own, which answers one question a line."""
+    with subprocess.Popen([*PEER, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
 
@@ -55,6 +61,13 @@ def ask() -> Iterator[Ask]:
 
         yield asked
         process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def ask() -> Iterator[Ask]:
+    """Have `tritonclient` build or parse a message."""
+    with peer("oracle") as asked:
+        yield asked
 
 
 def free_port() -> int:
@@ -204,3 +217,173 @@ def test_a_torch_module_holds_a_kserve_model(kserve: str) -> None:
 
     module = torch.nn.Sequential(RemoteModule(f"{kserve}FP32"), torch.nn.Linear(2, 1))
     assert module(torch.ones(3, 2)).shape == (3, 1)
+
+
+# --------------------------------------------------------------------------- their clients at our server
+
+
+TRITON = ("sync", "aio")
+CLIENTS = (*TRITON, "kserve")
+
+
+def same(datatype: str) -> FunctionServable:
+    name = BY_NUMPY[DATATYPES[datatype]].name
+    return FunctionServable(
+        lambda x: x, [TensorSpec("x", name, (-1, 2))], [TensorSpec("y", name, (-1, 2))], version="1"
+    )
+
+
+def pair() -> FunctionServable:
+    def both(a: Array, b: Array) -> dict[str, Array]:
+        return {"sum": a + b, "difference": a - b}
+
+    specs = {name: TensorSpec(name, "float32", (-1, 2)) for name in ("a", "b", "sum", "difference")}
+    return FunctionServable(both, [specs["a"], specs["b"]], [specs["sum"], specs["difference"]], version="3")
+
+
+@pytest.fixture(scope="module")
+def calls() -> Iterator[Ask]:
+    """Have one of their clients call a server of ours: an identity model per datatype, and `pair`."""
+    models = {datatype: same(datatype) for datatype in DATATYPES} | {"pair": pair()}
+    with server_ref.running(models) as url, peer("calls", url.removeprefix("http://").strip("/")) as asked:
+        yield asked
+
+
+def gave(calls: Ask, client: str, method: str, **question: Any) -> Any:
+    said = calls({"client": client, "method": method, **question})
+    assert "gave" in said, said
+    return said["gave"]
+
+
+def infer(calls: Ask, client: str, model: str, x: Array, *, binary: bool, **arguments: Any) -> Any:
+    inputs = [{"name": "x", "datatype": model, **packed(x)}]
+    given = {"model_name": model, **arguments}
+    return gave(calls, client, "infer", inputs=inputs, outputs=["y"], binary=binary, arguments=given)
+
+
+# tritonclient has no BF16 as text; KServe has none at all, and FP16 only in binary form.
+LACKING = {(client, "BF16", False) for client in CLIENTS} | {("kserve", "BF16", True), ("kserve", "FP16", False)}
+FORMS = [(client, datatype, binary) for client in CLIENTS for datatype in DATATYPES for binary in (True, False)]
+
+
+@pytest.mark.parametrize(("client", "datatype", "binary"), [form for form in FORMS if form not in LACKING])
+def test_their_clients_get_every_datatype_from_our_server(calls: Ask, client: str, datatype: str, binary: bool) -> None:
+    x = extremes(datatype)
+    reply = infer(calls, client, datatype, x, binary=binary)
+    assert reply["tensors"] == {"y": packed(x)}
+    assert reply["model_name"] == datatype
+
+
+@pytest.mark.parametrize("asked", ["gzip", "deflate", None])
+@pytest.mark.parametrize("sent", ["gzip", "deflate", None])
+@pytest.mark.parametrize("binary", [True, False], ids=["binary", "json"])
+@pytest.mark.parametrize("client", TRITON)
+def test_tritonclient_may_compress_both_ways(
+    calls: Ask, client: str, binary: bool, sent: str | None, asked: str | None
+) -> None:
+    x = np.arange(80_000, dtype=np.int32).reshape(-1, 2)
+    coding = {"request_compression_algorithm": sent, "response_compression_algorithm": asked}
+    reply = infer(calls, client, "INT32", x, binary=binary, request_id="7", timeout=5_000_000, priority=1, **coding)
+    assert reply["tensors"] == {"y": packed(x)}
+    assert reply["id"] == "7"
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_their_clients_ask_for_all_outputs_and_for_one(calls: Ask, client: str) -> None:
+    a, b = np.float32([[1, 2]]), np.float32([[10, 20]])
+    rows = [{"name": name, "datatype": "FP32", **packed(array)} for name, array in (("b", b), ("a", a))]
+    for outputs in (["difference"], []):
+        reply = gave(
+            calls, client, "infer", inputs=rows, outputs=outputs, binary=True, arguments={"model_name": "pair"}
+        )
+        expected = {"difference": packed(a - b)} | ({} if outputs else {"sum": packed(a + b)})
+        assert reply["tensors"] == expected
+
+
+def test_tritonclient_infers_in_the_background(calls: Ask) -> None:
+    x = extremes("FP32")
+    rows = [{"name": "x", "datatype": "FP32", **packed(x)}]
+    reply = gave(calls, "sync", "async_infer", inputs=rows, outputs=[], binary=True, arguments={"model_name": "FP32"})
+    assert reply["tensors"] == {"y": packed(x)}
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_their_clients_see_that_we_are_live_and_ready(calls: Ask, client: str) -> None:
+    assert gave(calls, client, "is_server_live") is True
+    assert gave(calls, client, "is_server_ready") is True
+    assert gave(calls, client, "is_model_ready", arguments={"model_name": "pair"}) is True
+
+
+@pytest.mark.parametrize("client", TRITON)
+def test_tritonclient_reads_metadata_config_and_index(calls: Ask, client: str) -> None:
+    pair = {"model_name": "pair", "model_version": "3"}
+    assert "binary_tensor_data" in gave(calls, client, "get_server_metadata")["extensions"]
+    metadata = gave(calls, client, "get_model_metadata", arguments=pair)
+    assert (metadata["name"], metadata["versions"]) == ("pair", ["3"])
+    assert metadata["inputs"][1] == {"name": "b", "datatype": "FP32", "shape": [-1, 2]}
+    config = gave(calls, client, "get_model_config", arguments=pair)
+    assert (config["name"], config["max_batch_size"]) == ("pair", 0)
+    assert [row["data_type"] for row in config["output"]] == ["TYPE_FP32", "TYPE_FP32"]
+    index = gave(calls, client, "get_model_repository_index")
+    assert {"name": "pair", "version": "3", "state": "READY", "reason": ""} in index
+    assert len(index) == len(DATATYPES) + 1
+    assert gave(calls, client, "is_model_ready", arguments={"model_name": "nope"}) is False
+
+
+@pytest.mark.parametrize("client", TRITON)
+def test_tritonclient_reads_statistics_that_add_up(calls: Ask, client: str) -> None:
+    def told() -> dict[str, Any]:
+        (row,) = gave(calls, client, "get_inference_statistics", arguments={"model_name": "UINT8"})["model_stats"]
+        return dict(row)
+
+    before = told()
+    for _ in range(3):
+        infer(calls, client, "UINT8", extremes("UINT8"), binary=True)
+    after = told()
+    spent = after["inference_stats"]
+    assert after["inference_count"] - before["inference_count"] == 6
+    assert after["execution_count"] - before["execution_count"] == 3
+    assert spent["success"]["count"] - before["inference_stats"]["success"]["count"] == 3
+    assert all(spent[part]["count"] == after["execution_count"] for part in ("queue", "compute_infer"))
+    assert sum(row["compute_infer"]["count"] for row in after["batch_stats"]) == after["execution_count"]
+    everything = gave(calls, client, "get_inference_statistics")["model_stats"]
+    assert len(everything) == len(DATATYPES) + 1
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "words"),
+    [
+        ("load_model", {"model_name": "pair"}, "not allowed here"),
+        ("unload_model", {"model_name": "pair"}, "not allowed here"),
+        ("get_system_shared_memory_status", {}, "does not offer"),
+        ("get_cuda_shared_memory_status", {}, "does not offer"),
+        ("unregister_system_shared_memory", {}, "does not offer"),
+        ("get_trace_settings", {"model_name": "pair"}, "does not offer"),
+        ("get_log_settings", {}, "does not offer"),
+        ("get_model_metadata", {"model_name": "nope"}, "no model '/nope'"),
+        ("get_model_metadata", {"model_name": "pair", "model_version": "9"}, "no version '9'"),
+    ],
+)
+@pytest.mark.parametrize("client", TRITON)
+def test_tritonclient_reads_our_refusals(
+    calls: Ask, client: str, method: str, arguments: dict[str, Any], words: str
+) -> None:
+    said = calls({"client": client, "method": method, "arguments": arguments})
+    assert said["raised"] == "InferenceServerException"
+    assert words in said["message"]
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_their_clients_read_what_is_wrong_with_a_request(calls: Ask, client: str) -> None:
+    rows = [{"name": "x", "datatype": "FP32", **packed(np.ones((1, 3), np.float32))}]
+    said = calls(
+        {"client": client, "method": "infer", "inputs": rows, "outputs": [], "binary": True,
+         "arguments": {"model_name": "FP32"}}
+    )  # fmt: skip
+    assert "expected float32 [-1, 2], got float32 [1, 3]" in said["message"]
+
+
+def test_the_sdk_of_kserve_predicts_by_the_first_protocol_too(calls: Ask) -> None:
+    data = {"instances": [[1, 2], [3, 4]]}
+    reply = gave(calls, "kserve", "infer", protocol="v1", arguments={"model_name": "FP32", "data": data, "headers": {}})
+    assert reply == {"predictions": [[1.0, 2.0], [3.0, 4.0]]}
