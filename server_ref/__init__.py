@@ -5,6 +5,7 @@ command. `Instances` puts a queue before a model, in this process, `Version` say
 what a model computes.
 """
 
+from server_ref.access import Access
 from server_ref.batching import Batching
 from server_ref.connection import Timeouts
 from server_ref.instances import Instances
@@ -12,4 +13,4 @@ from server_ref.lanes import QueueLimits
 from server_ref.lifecycle import running, serve
 from server_ref.model import Version
 
-__all__ = ["Batching", "Instances", "QueueLimits", "Timeouts", "Version", "running", "serve"]
+__all__ = ["Access", "Batching", "Instances", "QueueLimits", "Timeouts", "Version", "running", "serve"]

@@ -15,8 +15,10 @@ from urllib.parse import urlsplit
 import remote_ops
 from remote_ops import http1
 from remote_ops.errors import RemoteOpsError, SpecError
+from server_ref.access import Access, loopback_or_guarded
 from server_ref.lifecycle import Listen, serve
 from server_ref.model import Version
+from server_ref.names import OneLine
 from server_ref.opening import open_version
 from server_ref.progress import progress_on
 from server_ref.settings import Batching, Cache, Instances, ModelSettings, read_settings
@@ -53,19 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve what the command line and the `GP_*` variables say; a flag wins over its variable."""
     try:
         args = _parser(os.environ).parse_args(argv)
-        level = logging.DEBUG if args.verbose else logging.INFO
-        logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+        _log_to_stderr(logging.DEBUG if args.verbose else logging.INFO)
         _check_old_flags(args)
         if args.max_body_mb < 1:
             raise SpecError(f"expected 1 MiB or more, got {args.max_body_mb}", path="--max-body-mb")
-        _warn_if_open(args.listen)
+        access = Access.read(args.infer_token_file, args.admin_token_file)
+        _check_exposure(args, access)
         models = _load_all(args)
         if args.value_inputs:
             _check_value_inputs(args.value_inputs, models)
         limits = http1.Limits(max_body_bytes=args.max_body_mb << 20)
         return serve(
             models, args.listen, folder=args.folder, watch_s=args.watch, device=_device(args), limits=limits,
-            grace_s=args.drain_grace_s, exit_timeout_s=args.exit_timeout_s, told=progress_on(sys.stderr),
+            access=access, grace_s=args.drain_grace_s, exit_timeout_s=args.exit_timeout_s,
+            told=progress_on(sys.stderr),
         )  # fmt: skip
     except (RemoteOpsError, ImportError) as error:
         print(f"server_ref: {error}", file=sys.stderr)
@@ -110,6 +113,7 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
         help="after SIGTERM, seconds of further service while not ready (default: %(default)s)")  # fmt: skip
     add("--exit-timeout-s", type=float, default=30.0,
         help="then, seconds for requests in flight (default: %(default)s)")  # fmt: skip
+    _add_guards(parser)
     add("-v", "--verbose", action="store_true", help="log more")
     add("-V", "--version", action="version", version=f"remote-ops {remote_ops.__version__}")
     old = parser.add_argument_group("flags of the 2018 servers")
@@ -128,6 +132,21 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     variables = {"--inputs": env.get("GP_INPUTS") or None, "--outputs": env.get("GP_OUTPUTS") or None}
     parser.set_defaults(env_model=env.get("GP_MODEL"), variables=variables)
     return parser
+
+
+def _add_guards(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--infer-token-file", metavar="FILE",
+        help="tokens, one a line, of those who may call models; also REMOTE_OPS_INFER_TOKEN")  # fmt: skip
+    add("--admin-token-file", metavar="FILE",
+        help="tokens of those who may do all; also REMOTE_OPS_ADMIN_TOKEN")  # fmt: skip
+    add("--insecure", action="store_true", help="let other machines in without asking who calls")
+
+
+def _log_to_stderr(level: int) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLine("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def _number(env: Mapping[str, str], name: str) -> int | None:
@@ -151,9 +170,12 @@ def _check_old_flags(args: argparse.Namespace) -> None:
         os.environ["REMOTE_OPS_CACHE"] = args.cache_dir
 
 
-def _warn_if_open(listen: str) -> None:
-    if not Listen.parse(listen).loopback:
-        print(f"server_ref: {listen} can be reached from other machines, and nothing asks who calls", file=sys.stderr)
+def _check_exposure(args: argparse.Namespace, access: Access | None) -> None:
+    loopback = Listen.parse(args.listen).loopback
+    loopback_or_guarded(args.listen, loopback=loopback, access=access, mutual_tls=False, insecure=args.insecure)
+    if args.insecure and not loopback:
+        said = "can be reached from other machines, and --insecure lets anybody call"
+        print(f"server_ref: {args.listen} {said}", file=sys.stderr)
 
 
 def _load_all(args: argparse.Namespace) -> dict[str, Version]:

@@ -11,6 +11,8 @@ from typing import NamedTuple, TypeAlias
 
 from remote_ops import graphpipe, http1, oip
 from remote_ops.errors import FramingError, RemoteError, RemoteOpsError, answer_of
+from server_ref.access import AccessDenied
+from server_ref.names import without_places
 
 __all__ = [
     "BINARY",
@@ -58,8 +60,13 @@ def failure_of(error: BaseException) -> Failure:
     else:
         message = f"the model raised {type(error).__name__}{_first_line(error)}"
         log.error("a model raised", exc_info=error)
+    if isinstance(error, AccessDenied):
+        challenge = [("WWW-Authenticate", error.challenge)] if error.challenge else []
+        return Failure(message, error.code, error.status, challenge)
     _, code, status = answer_of(error)
     status = error.status if isinstance(error, FramingError) else status
+    # What a client asked wrongly is told in its own words; what went wrong here may speak of files.
+    message = without_places(message) if status >= 500 else message
     return Failure(message, code, status, [("Retry-After", "1")] if status in (429, 503) else [])
 
 

@@ -17,7 +17,7 @@ from typing import Protocol, TypeAlias
 from remote_ops import http1
 from remote_ops.buffers import BufferPool
 from remote_ops.connection import write_at_once, write_buffers
-from remote_ops.errors import FramingError
+from remote_ops.errors import FramingError, RemoteOpsError
 from server_ref.answer import Answer, error_form, graphpipe_error
 from server_ref.model import Run
 
@@ -51,8 +51,14 @@ class Host(Protocol):
     loop: asyncio.AbstractEventLoop
     draining: bool
 
+    def admit(self, head: http1.Head, connection: Connection) -> None:
+        """Raise if whoever asks may not ask this; called when the head is here, before any of a body is waited for."""
+
     def answer(self, message: http1.Message, connection: Connection) -> Answer | None:
         """Answer a request, or start what will answer it through the connection's `finish`."""
+
+    def note(self, error: BaseException, head: http1.Head | None) -> None:
+        """Take note that a request ended in an error."""
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -152,9 +158,10 @@ class Connection(asyncio.BufferedProtocol):
             self.more_headers = ()
             self.arrived_at = time.monotonic()
             try:
+                self.front.admit(message.head, self)
                 answer = self.front.answer(message, self)
             except Exception as error:
-                answer = self.error_answer(error)
+                answer = self._failed(error, message.head)
             del message  # its buffer goes back as soon as the model is done with it
             if answer is not None:
                 self.reply(answer)
@@ -172,17 +179,27 @@ class Connection(asyncio.BufferedProtocol):
         if head is None or self.reader.complete or self.busy:
             return
         if self._body_since is None:
+            self.error_answer = error_form(head)
+            try:
+                self.front.admit(head, self)
+            except RemoteOpsError as error:
+                return self._refuse(error)
             self._body_since = self.front.loop.time()
             if head.expects_continue and self.transport is not None:
                 self.transport.write(http1.CONTINUE)
         timeouts = self.front.timeouts
         self.expires_at = self._body_since + timeouts.body_s + self.reader.body_bytes / timeouts.min_rate
+        return None
 
     def finish(self, outcome: Answer | BaseException) -> None:
         """Answer the request at hand with what its run ended in."""
         self.run = None
-        self.reply(self.error_answer(outcome) if isinstance(outcome, BaseException) else outcome)
+        self.reply(self._failed(outcome, self._head) if isinstance(outcome, BaseException) else outcome)
         self._advance()
+
+    def _failed(self, error: BaseException, head: http1.Head | None) -> Answer:
+        self.front.note(error, head)
+        return self.error_answer(error)
 
     def reply(self, answer: Answer) -> None:
         """Write an answer and be ready for the next request."""
@@ -230,12 +247,16 @@ class Connection(asyncio.BufferedProtocol):
 
     # ends
 
-    def _refuse(self, error: FramingError) -> None:
+    def _refuse(self, error: RemoteOpsError) -> None:
         """Answer what cannot be read as a request, and close: where the next one would begin is unknown."""
         if self._lingering or self.transport is None:
             return
-        answer = (error_form(self.reader.head) if self.reader.head else self.error_answer)(error)
-        head = http1.response_head(answer.status, sum(map(len, answer.body)), answer.content_type, keep_alive=False)
+        if self.reader.head is not None:
+            self.error_answer = error_form(self.reader.head)
+        answer = self._failed(error, self.reader.head)
+        head = http1.response_head(
+            answer.status, sum(map(len, answer.body)), answer.content_type, keep_alive=False, headers=answer.headers
+        )
         self.transport.write(head + b"".join(answer.body))
         # Closing now would reset the connection while the peer still sends, and it would never see the answer.
         self._lingering = True

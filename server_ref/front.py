@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
@@ -20,13 +21,16 @@ from remote_ops.buffers import BufferPool
 from remote_ops.errors import RemoteOpsError
 from remote_ops.servable import Servable
 from remote_ops.signature import Array
+from server_ref.access import Access
 from server_ref.answer import BINARY, JSON, TEXT, Answer
 from server_ref.aside import Aside
 from server_ref.catalog import Catalog, Chosen
 from server_ref.compression import coding_of, inflate, inflate_little
 from server_ref.connection import Connection, Timeouts
 from server_ref.exchange import Entry, Exchange, ModelControl, deadline_of
+from server_ref.mishaps import Mishaps
 from server_ref.model import Run, Version, name_inputs
+from server_ref.names import UNKNOWN
 from server_ref.open_inference import OpenInference
 from server_ref.origins import check_origins, origin_headers, preflight
 from server_ref.predict import Predict
@@ -34,6 +38,7 @@ from server_ref.predict import Predict
 __all__ = ["Front"]
 
 _NOT_LOCAL = {"origin", "forwarded", "x-forwarded-for", "via"}
+_SHUTDOWN = "/control/shutdown"
 _ALLOW = ("Allow", "GET, POST, OPTIONS")
 _FIRST_REQUEST_S = 0.5
 
@@ -48,6 +53,7 @@ class Front:
         timeouts: how long a peer may take.
         on_shutdown: called when a local peer asks for `/control/shutdown`; without it that is refused.
         cors_origins: whose pages may call from a browser; `*` for everybody's.
+        access: who may do what; without it anybody may do anything but a shutdown from elsewhere.
 
     `control` may be set to what loads and unloads models for clients of `/v2/repository`; without it that is refused.
     `index` may be set to what lists them all, also those that are not served.
@@ -61,6 +67,7 @@ class Front:
         timeouts: Timeouts = Timeouts(),  # noqa: B008 (immutable)
         on_shutdown: Callable[[], None] | None = None,
         cors_origins: Sequence[str] = (),
+        access: Access | None = None,
     ) -> None:
         self.catalog = Catalog(
             {name: what if isinstance(what, Version) else Version(name, [what]) for name, what in models.items()}
@@ -71,6 +78,8 @@ class Front:
         self.cors_origins = check_origins(cors_origins)
         self.control: ModelControl | None = None
         self.index: Callable[[], Iterable[Entry]] | None = None
+        self.access = access
+        self.mishaps = Mishaps()
         self.buffers = BufferPool()
         self.connections: set[Connection] = set()
         self.ready = False
@@ -124,6 +133,35 @@ class Front:
         self.catalog.sweep()
         if self.alive:
             self.loop.call_later(0.25, self._sweep)
+
+    # who may
+
+    def admit(self, head: http1.Head, connection: Connection) -> None:
+        """Raise if whoever asks may not ask this.
+
+        Raises:
+            AccessDenied: it wants a token, or another.
+        """
+        if self.access is None:
+            return
+        path = unquote(head.target.partition("?")[0])
+        if path == _SHUTDOWN and _is_local(head, connection):
+            return
+        refusal = self.access.refusal(head.method, path, head.headers.get("authorization", ""))
+        if refusal is not None:
+            raise refusal
+
+    def note(self, error: BaseException, head: http1.Head | None) -> None:
+        """Take note that a request ended in an error."""
+        path = unquote(head.target.partition("?")[0]) if head is not None else ""
+        request_id = head.headers.get("x-request-id", "") if head is not None else ""
+        self.mishaps.add(error, at=time.time(), model=self.label(path), request_id=request_id)
+
+    def label(self, path: str) -> str:
+        """The model that a path names, whatever the protocol; one label for all that name none of ours."""
+        if self.catalog.only is not None:
+            return self.catalog.only.name
+        return next((part for part in path.split("/", 8) if part in self.catalog.models), UNKNOWN)
 
     # routes
 
@@ -231,13 +269,15 @@ class Front:
             return _text(200, f"{len(self.connections)}\n")
         if verb != "shutdown":
             return _text(404, f"no /control/{verb}: there are is_ready, is_alive, client_count, shutdown\n")
-        # A page in somebody's browser could post here too, but not without its Origin; behind a proxy all are local.
-        if self.on_shutdown is None or not connection.local or not _NOT_LOCAL.isdisjoint(message.head.headers):
+        if self.on_shutdown is None or not (_is_local(message.head, connection) or self._is_admin(message.head)):
             return _text(403, "shutdown is for local callers only\n")
         if method != "POST":
             return _text(405, "shutdown wants POST\n")
         self.on_shutdown()
         return _text(200, "shutdown\n")
+
+    def _is_admin(self, head: http1.Head) -> bool:
+        return self.access is not None and self.access.allows("admin", head.headers.get("authorization", ""))
 
     # inference
 
@@ -275,6 +315,11 @@ def _dropped(results: dict[str, Array]) -> Answer:
 
 def _drop(outcome: Answer | BaseException) -> None:
     pass
+
+
+def _is_local(head: http1.Head, connection: Connection) -> bool:
+    """Whether a program of this machine asks: a page in a browser sends its Origin; behind a proxy all are local."""
+    return connection.local and _NOT_LOCAL.isdisjoint(head.headers)
 
 
 def _text(status: int, text: str) -> Answer:

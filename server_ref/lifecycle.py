@@ -26,6 +26,7 @@ from remote_ops import http1
 from remote_ops.connection import new_loop
 from remote_ops.errors import RemoteOpsError, SpecError
 from remote_ops.servable import Servable
+from server_ref.access import Access
 from server_ref.connection import Timeouts
 from server_ref.front import Front
 from server_ref.model import Version
@@ -83,7 +84,7 @@ class Server:
         device: where models of the folder run, unless their settings say.
         told: is told how far loading is.
         tls: makes it https.
-        limits, timeouts: as in `front`.
+        limits, timeouts, access: as in `front`.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Server:
         tls: ssl.SSLContext | None = None,
         limits: http1.Limits = http1.Limits(),  # noqa: B008 (immutable)
         timeouts: Timeouts = Timeouts(),  # noqa: B008 (immutable)
+        access: Access | None = None,
         on_shutdown: Callable[[], None] | None = None,
         folder: str | os.PathLike[str] | None = None,
         watch_s: float = 0.0,
@@ -115,7 +117,7 @@ class Server:
         for name in names:
             if len(names) > 1 and ("/" in name or name in _RESERVED):
                 raise SpecError(f"no model can be called {name!r}: its name is its path", path="models")
-        self.front = Front(models, limits=limits, timeouts=timeouts, on_shutdown=on_shutdown)
+        self.front = Front(models, limits=limits, timeouts=timeouts, on_shutdown=on_shutdown, access=access)
         self.repository = Repository(self.front.catalog, told=told)
         self.front.index = self.repository.index
         self.url = ""
@@ -222,6 +224,16 @@ class Server:
             with contextlib.suppress(OSError):
                 os.unlink(self.listen.unix_path)
 
+    @property
+    def rereads(self) -> bool:
+        """Whether it was made from files that `reload` reads again."""
+        return self.front.access is not None
+
+    def reload(self) -> None:
+        """Read tokens again; what is wrong now is logged, and the old stay. Connections stay, too."""
+        if self.front.access is not None:
+            self.front.access.reload()
+
     def describe(self) -> str:
         """What runs where: a line per model with its signature and the device it really runs on."""
         lines = []
@@ -266,6 +278,7 @@ def running(
     tls: ssl.SSLContext | None = None,
     limits: http1.Limits = http1.Limits(),  # noqa: B008 (immutable)
     timeouts: Timeouts = Timeouts(),  # noqa: B008 (immutable)
+    access: Access | None = None,
     watch_s: float = 0.0,
     device: str = "auto",
 ) -> Iterator[str]:
@@ -276,6 +289,7 @@ def running(
         listen: where; a free port of the loopback address unless said.
         tls: makes it https.
         limits, timeouts: as in `front`.
+        access: who may do what; anybody who reaches it, unless given.
         watch_s: seconds between two looks at the folder; 0: it is looked at once.
         device: where models of the folder run, unless their settings say.
 
@@ -286,7 +300,9 @@ def running(
         SpecError: no models, or the address is taken.
     """
     loop = new_loop()
-    server = Server(models, listen, tls=tls, limits=limits, timeouts=timeouts, watch_s=watch_s, device=device)
+    server = Server(
+        models, listen, tls=tls, limits=limits, timeouts=timeouts, access=access, watch_s=watch_s, device=device
+    )
     thread = threading.Thread(target=loop.run_forever, name="server_ref", daemon=True)
     thread.start()
 
@@ -333,6 +349,8 @@ def serve(
 ) -> int:
     """Serve `models` until SIGTERM, Ctrl-C or `/control/shutdown`, then drain.
 
+    On SIGHUP it reads the files again that `access` came from; a server without any ends by it, as programs do.
+
     Args:
         models: name -> servable, or the folder of a repository.
         listen: where; see `Listen.parse`.
@@ -363,6 +381,8 @@ async def _serve(models: Models, listen: str, grace_s: float, exit_timeout_s: fl
     await server.start()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked.put_nowait, number.name)
+    if server.rereads:
+        loop.add_signal_handler(signal.SIGHUP, server.reload)
     stop = loop.create_task(asked.get())
     loading = loop.create_task(server.load())
     await asyncio.wait((stop, loading), return_when=asyncio.FIRST_COMPLETED)

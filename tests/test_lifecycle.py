@@ -501,8 +501,8 @@ def test_the_variables_of_graphpipe_onnx_keep_working(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_listening_beyond_this_machine_is_warned_about(tmp_path: Path) -> None:
-    with command(tmp_path, "-m", "made_models:slow", "-l", "0.0.0.0:0") as server:
+def test_insecure_lets_it_listen_beyond_this_machine_with_a_warning(tmp_path: Path) -> None:
+    with command(tmp_path, "-m", "made_models:slow", "-l", "0.0.0.0:0", "--insecure") as server:
         np.testing.assert_array_equal(Endpoint(server.url())(ONES), 2 * ONES)
         assert "can be reached from other machines" in server.said
 
