@@ -23,6 +23,7 @@ from server_ref.opening import open_version
 from server_ref.progress import progress_on
 from server_ref.settings import Batching, Cache, Instances, ModelSettings, read_settings
 from server_ref.source import Source
+from server_ref.tls import Certificates
 
 __all__ = ["main"]
 
@@ -60,14 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.max_body_mb < 1:
             raise SpecError(f"expected 1 MiB or more, got {args.max_body_mb}", path="--max-body-mb")
         access = Access.read(args.infer_token_file, args.admin_token_file)
-        _check_exposure(args, access)
+        certificates = _certificates(args)
+        _check_exposure(args, access, certificates)
         models = _load_all(args)
         if args.value_inputs:
             _check_value_inputs(args.value_inputs, models)
         limits = http1.Limits(max_body_bytes=args.max_body_mb << 20)
         return serve(
             models, args.listen, folder=args.folder, watch_s=args.watch, device=_device(args), limits=limits,
-            access=access, grace_s=args.drain_grace_s, exit_timeout_s=args.exit_timeout_s,
+            tls=certificates, access=access, grace_s=args.drain_grace_s, exit_timeout_s=args.exit_timeout_s,
             told=progress_on(sys.stderr),
         )  # fmt: skip
     except (RemoteOpsError, ImportError) as error:
@@ -140,6 +142,9 @@ def _add_guards(parser: argparse.ArgumentParser) -> None:
         help="tokens, one a line, of those who may call models; also REMOTE_OPS_INFER_TOKEN")  # fmt: skip
     add("--admin-token-file", metavar="FILE",
         help="tokens of those who may do all; also REMOTE_OPS_ADMIN_TOKEN")  # fmt: skip
+    add("--certfile", metavar="FILE", help="certificate of the server (PEM); makes it https")
+    add("--keyfile", metavar="FILE", help="its key, if that is not in the same file")
+    add("--client-ca", metavar="FILE", help="who signs the certificates that clients must show")
     add("--insecure", action="store_true", help="let other machines in without asking who calls")
 
 
@@ -170,9 +175,19 @@ def _check_old_flags(args: argparse.Namespace) -> None:
         os.environ["REMOTE_OPS_CACHE"] = args.cache_dir
 
 
-def _check_exposure(args: argparse.Namespace, access: Access | None) -> None:
+def _certificates(args: argparse.Namespace) -> Certificates | None:
+    if args.certfile is None:
+        for flag, value in (("--keyfile", args.keyfile), ("--client-ca", args.client_ca)):
+            if value is not None:
+                raise SpecError("expected --certfile FILE with it: TLS begins with a certificate", path=flag)
+        return None
+    return Certificates(args.certfile, args.keyfile, args.client_ca)
+
+
+def _check_exposure(args: argparse.Namespace, access: Access | None, certificates: Certificates | None) -> None:
     loopback = Listen.parse(args.listen).loopback
-    loopback_or_guarded(args.listen, loopback=loopback, access=access, mutual_tls=False, insecure=args.insecure)
+    mutual = certificates is not None and certificates.mutual
+    loopback_or_guarded(args.listen, loopback=loopback, access=access, mutual_tls=mutual, insecure=args.insecure)
     if args.insecure and not loopback:
         said = "can be reached from other machines, and --insecure lets anybody call"
         print(f"server_ref: {args.listen} {said}", file=sys.stderr)

@@ -31,6 +31,7 @@ from server_ref.connection import Timeouts
 from server_ref.front import Front
 from server_ref.model import Version
 from server_ref.repository import Repository, Told
+from server_ref.tls import Certificates
 
 if TYPE_CHECKING:
     from server_ref.folder import Scan
@@ -83,7 +84,7 @@ class Server:
         watch_s: seconds between two looks at the folder; 0: it is looked at once.
         device: where models of the folder run, unless their settings say.
         told: is told how far loading is.
-        tls: makes it https.
+        tls: makes it https; `Certificates` are read again by `reload`, a context is what it is.
         limits, timeouts, access: as in `front`.
     """
 
@@ -92,7 +93,7 @@ class Server:
         models: Models,
         listen: str = "127.0.0.1:0",
         *,
-        tls: ssl.SSLContext | None = None,
+        tls: Certificates | ssl.SSLContext | None = None,
         limits: http1.Limits = http1.Limits(),  # noqa: B008 (immutable)
         timeouts: Timeouts = Timeouts(),  # noqa: B008 (immutable)
         access: Access | None = None,
@@ -121,7 +122,8 @@ class Server:
         self.repository = Repository(self.front.catalog, told=told)
         self.front.index = self.repository.index
         self.url = ""
-        self._tls = tls
+        self.certificates = tls if isinstance(tls, Certificates) else None
+        self._tls = tls.context if isinstance(tls, Certificates) else tls
         self._listener: asyncio.AbstractServer | None = None
         self._sources = sources
         self._watch_s, self._device = watch_s, device
@@ -136,6 +138,8 @@ class Server:
         loop = asyncio.get_running_loop()
         where = self.listen
         try:
+            # Who does not finish a handshake holds a connection as much as who does not finish a request.
+            handshake_s = self.front.timeouts.head_s if self._tls else None
             if where.unix_path:
                 _remove_stale(where.unix_path)
                 self._listener = await loop.create_unix_server(
@@ -144,8 +148,9 @@ class Server:
                 self.url = f"http+unix://{quote(where.unix_path, safe='')}/"
             else:
                 listener = await loop.create_server(
-                    self.front.connection, where.host or None, where.port, ssl=self._tls, backlog=_BACKLOG
-                )
+                    self.front.connection, where.host or None, where.port, backlog=_BACKLOG,
+                    ssl=self._tls, ssl_handshake_timeout=handshake_s,
+                )  # fmt: skip
                 self._listener = listener
                 port = listener.sockets[0].getsockname()[1]
                 host = "127.0.0.1" if where.host in ("", "0.0.0.0") else where.host
@@ -227,12 +232,13 @@ class Server:
     @property
     def rereads(self) -> bool:
         """Whether it was made from files that `reload` reads again."""
-        return self.front.access is not None
+        return self.front.access is not None or self.certificates is not None
 
     def reload(self) -> None:
-        """Read tokens again; what is wrong now is logged, and the old stay. Connections stay, too."""
-        if self.front.access is not None:
-            self.front.access.reload()
+        """Read tokens and certificates again; what is wrong now is logged, and the old stays. Connections stay, too."""
+        for read in (self.front.access, self.certificates):
+            if read is not None:
+                read.reload()
 
     def describe(self) -> str:
         """What runs where: a line per model with its signature and the device it really runs on."""
@@ -275,7 +281,7 @@ def running(
     models: Models,
     listen: str = "127.0.0.1:0",
     *,
-    tls: ssl.SSLContext | None = None,
+    tls: Certificates | ssl.SSLContext | None = None,
     limits: http1.Limits = http1.Limits(),  # noqa: B008 (immutable)
     timeouts: Timeouts = Timeouts(),  # noqa: B008 (immutable)
     access: Access | None = None,
@@ -287,7 +293,7 @@ def running(
     Args:
         models: name -> servable, or the folder of a repository.
         listen: where; a free port of the loopback address unless said.
-        tls: makes it https.
+        tls: makes it https; `Certificates` are read again by `reload`, a context is what it is.
         limits, timeouts: as in `front`.
         access: who may do what; anybody who reaches it, unless given.
         watch_s: seconds between two looks at the folder; 0: it is looked at once.
@@ -349,7 +355,7 @@ def serve(
 ) -> int:
     """Serve `models` until SIGTERM, Ctrl-C or `/control/shutdown`, then drain.
 
-    On SIGHUP it reads the files again that `access` came from; a server without any ends by it, as programs do.
+    On SIGHUP it reads the files again that `access` and `tls` came from; without either it ends by it, as programs do.
 
     Args:
         models: name -> servable, or the folder of a repository.
