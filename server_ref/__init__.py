@@ -12,6 +12,10 @@ from server_ref.instances import Instances
 from server_ref.lanes import QueueLimits
 from server_ref.lifecycle import running, serve
 from server_ref.model import Version
+from server_ref.plane import ControlPlane
 from server_ref.tls import Certificates
 
-__all__ = ["Access", "Batching", "Certificates", "Instances", "QueueLimits", "Timeouts", "Version", "running", "serve"]
+__all__ = [
+    "Access", "Batching", "Certificates", "ControlPlane", "Instances", "QueueLimits", "Timeouts", "Version", "running",
+    "serve",
+]  # fmt: skip

@@ -20,6 +20,7 @@ from server_ref.lifecycle import Listen, serve
 from server_ref.model import Version
 from server_ref.names import OneLine
 from server_ref.opening import open_version
+from server_ref.plane import ControlPlane
 from server_ref.progress import progress_on
 from server_ref.settings import Batching, Cache, Instances, ModelSettings, read_settings
 from server_ref.source import Source
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serve(
             models, args.listen, folder=args.folder, watch_s=args.watch, device=_device(args), limits=limits,
             tls=certificates, access=access, grace_s=args.drain_grace_s, exit_timeout_s=args.exit_timeout_s,
-            told=progress_on(sys.stderr),
+            control=_control(args), told=progress_on(sys.stderr),
         )  # fmt: skip
     except (RemoteOpsError, ImportError) as error:
         print(f"server_ref: {error}", file=sys.stderr)
@@ -145,6 +146,9 @@ def _add_guards(parser: argparse.ArgumentParser) -> None:
     add("--certfile", metavar="FILE", help="certificate of the server (PEM); makes it https")
     add("--keyfile", metavar="FILE", help="its key, if that is not in the same file")
     add("--client-ca", metavar="FILE", help="who signs the certificates that clients must show")
+    add("--control", metavar="HOST:PORT",
+        help="where to listen for the control plane, such as 127.0.0.1:9001 (default: it is off)")  # fmt: skip
+    add("--allow-model-control", action="store_true", help="let the control plane change what is served")
     add("--insecure", action="store_true", help="let other machines in without asking who calls")
 
 
@@ -182,6 +186,14 @@ def _certificates(args: argparse.Namespace) -> Certificates | None:
                 raise SpecError("expected --certfile FILE with it: TLS begins with a certificate", path=flag)
         return None
     return Certificates(args.certfile, args.keyfile, args.client_ca)
+
+
+def _control(args: argparse.Namespace) -> ControlPlane | None:
+    if args.control is None:
+        if args.allow_model_control:
+            raise SpecError("expected --control HOST:PORT with it", path="--allow-model-control")
+        return None
+    return ControlPlane(args.control, allow_changes=args.allow_model_control)
 
 
 def _check_exposure(args: argparse.Namespace, access: Access | None, certificates: Certificates | None) -> None:

@@ -29,7 +29,9 @@ from remote_ops.servable import Servable
 from server_ref.access import Access
 from server_ref.connection import Timeouts
 from server_ref.front import Front
+from server_ref.graphs import watched
 from server_ref.model import Version
+from server_ref.plane import ControlPlane
 from server_ref.repository import Repository, Told
 from server_ref.tls import Certificates
 
@@ -86,6 +88,7 @@ class Server:
         told: is told how far loading is.
         tls: makes it https; `Certificates` are read again by `reload`, a context is what it is.
         limits, timeouts, access: as in `front`.
+        control: an API that says how it does, on a listener of its own.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class Server:
         limits: http1.Limits = http1.Limits(),  # noqa: B008 (immutable)
         timeouts: Timeouts = Timeouts(),  # noqa: B008 (immutable)
         access: Access | None = None,
+        control: ControlPlane | None = None,
         on_shutdown: Callable[[], None] | None = None,
         folder: str | os.PathLike[str] | None = None,
         watch_s: float = 0.0,
@@ -118,6 +122,9 @@ class Server:
         for name in names:
             if len(names) > 1 and ("/" in name or name in _RESERVED):
                 raise SpecError(f"no model can be called {name!r}: its name is its path", path="models")
+        if control is not None:  # which shows how long the nodes of a graph take
+            models = {name: what if isinstance(what, Version) else watched(what) for name, what in models.items()}
+        self.control = control
         self.front = Front(models, limits=limits, timeouts=timeouts, on_shutdown=on_shutdown, access=access)
         self.repository = Repository(self.front.catalog, told=told)
         self.front.index = self.repository.index
@@ -162,6 +169,18 @@ class Server:
             raise SpecError(f"cannot listen on {place}: {reason}", path="listen") from error
         self.front.start(loop)
         self.front.ready = not self._sources
+        if self.control is not None:
+            try:
+                self._start_control(self.control)
+            except Exception:
+                self.close()
+                raise
+
+    def _start_control(self, control: ControlPlane) -> None:
+        where = Listen.parse(control.listen)
+        if where.unix_path:
+            raise SpecError(f"expected host:port, got {control.listen!r}", path="--control")
+        control.start(self, self.repository, host=where.host, port=where.port, loopback=where.loopback, tls=self._tls)
 
     async def load(self) -> None:
         """Open what is to be served, and be ready; then follow the folder, if that is wanted.
@@ -248,6 +267,8 @@ class Server:
             url = self.url if self.front.catalog.only else f"{self.url}{quote(name, safe='')}"
             device = getattr(version.servable, "device", "remote" if hasattr(version.servable, "url") else "cpu")
             lines.append(f"{name} at {url} on {device}, {version.at_once}\n  {version.signature}")
+        if self.control is not None:
+            lines.append(f"control plane at {self.control.url}")
         return "\n".join(lines)
 
 
@@ -285,6 +306,7 @@ def running(
     limits: http1.Limits = http1.Limits(),  # noqa: B008 (immutable)
     timeouts: Timeouts = Timeouts(),  # noqa: B008 (immutable)
     access: Access | None = None,
+    control: ControlPlane | None = None,
     watch_s: float = 0.0,
     device: str = "auto",
 ) -> Iterator[str]:
@@ -296,6 +318,7 @@ def running(
         tls: makes it https; `Certificates` are read again by `reload`, a context is what it is.
         limits, timeouts: as in `front`.
         access: who may do what; anybody who reaches it, unless given.
+        control: an API that says how it does, on a listener of its own; `control.url` is where.
         watch_s: seconds between two looks at the folder; 0: it is looked at once.
         device: where models of the folder run, unless their settings say.
 
@@ -307,14 +330,17 @@ def running(
     """
     loop = new_loop()
     server = Server(
-        models, listen, tls=tls, limits=limits, timeouts=timeouts, access=access, watch_s=watch_s, device=device
-    )
+        models, listen, tls=tls, limits=limits, timeouts=timeouts, access=access, control=control,
+        watch_s=watch_s, device=device,
+    )  # fmt: skip
     thread = threading.Thread(target=loop.run_forever, name="server_ref", daemon=True)
     thread.start()
 
     def end() -> None:
         if thread.is_alive():  # not again, and not in a forked child
             asyncio.run_coroutine_threadsafe(_close_soon(server), loop).result()
+            if control is not None:
+                control.stop()
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()
@@ -376,6 +402,8 @@ def serve(
     try:
         return loop.run_until_complete(_serve(models, listen, grace_s, exit_timeout_s, options))
     finally:
+        if options.get("control") is not None:
+            options["control"].stop()
         loop.run_until_complete(_settle())
         loop.close()
 

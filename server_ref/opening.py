@@ -19,6 +19,7 @@ from remote_ops.servable import Servable, load
 from remote_ops.signature import DTYPES, Array, Signature, TensorSpec
 from server_ref.batching import Batching
 from server_ref.cache import Cached
+from server_ref.graphs import watched
 from server_ref.isolation import Isolated
 from server_ref.lanes import QueueLimits
 from server_ref.model import Version, close_all
@@ -65,7 +66,7 @@ def _open_one(source: Source, device: str) -> Servable:
     if settings.isolate == "process":
         timeout_s = settings.limits.response_timeout_s
         return Isolated(source.what, options=options, name=source.name, response_timeout_s=timeout_s or math.inf)
-    return load(source.what, **options)
+    return watched(load(source.what, **options))
 
 
 def _version_of(source: Source, servables: Sequence[Servable], rows: RowCache | None) -> Version:

@@ -107,7 +107,7 @@ OWNERS = {
         (
             *("ensemble/nodes/", "ensemble/spec.py", "ensemble/wording.py"),
             *(f"ensemble/{room}.py" for room in ("application", "scalars", "axes", "moves", "operations")),
-            "server_ref/settings.py",
+            *("server_ref/api.py", "server_ref/control.py", "server_ref/settings.py"),
         ),
     ),
     "PIL": ("ensemble/ready/image.py", "ensemble/feeds.py"),
