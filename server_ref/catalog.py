@@ -93,6 +93,7 @@ class Catalog:
 
     def __init__(self, models: Mapping[str, Version]) -> None:
         self.models: dict[str, Model] = {}
+        self._gone: set[str] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         for name, version in models.items():
             self.add(name, version)
@@ -143,6 +144,7 @@ class Catalog:
         model.know(versions)
         if not model.versions and not model.known:
             del self.models[name]
+            self._gone.add(name)
 
     def add(self, name: str, version: Version) -> Version | None:
         """Serve a version from now on; gives the one that it replaces, which its caller stops when it is done."""
@@ -157,18 +159,20 @@ class Catalog:
         removed = model.remove(version)
         if not model.versions and not model.known:
             del self.models[name]
+            self._gone.add(name)
         return removed
 
     def find(self, path: str) -> tuple[Model, str]:
         """The model that a path names, `/<model>` or `/<model>/<version>`, and the version, if it names one.
 
-        One model answers any path; one that names it and a version of it is taken at its word.
+        One model answers any path but that of one that is no longer served; a path that names it and a version of it is
+        taken at its word.
 
         Raises:
             ModelNotFound: no such model; names those there are.
         """
         name, _, version = path.strip("/").partition("/")
-        if (only := self.only) is not None:
+        if (only := self.only) is not None and (name == only.name or name not in self._gone):
             return only, version if name == only.name and only.routes.knows(version) else ""
         return self.model(name), version
 

@@ -467,7 +467,10 @@ def test_models_that_were_handed_over_are_labelled_and_unloaded_but_not_opened_a
         assert ask(plane, "PUT", "/api/models/double/labels", {"stable": "8"}).status in (400, 404)
         assert ask(plane, "POST", "/api/models/double/unload").status == 200
         assert ask(plane, "GET", "/api/models/double").json["versions"][0]["state"] == "unavailable"
+        with Endpoint(f"{url}double", retry=NO_RETRY) as endpoint, pytest.raises(ModelNotFound):
+            endpoint(ONES)  # which the other one does not answer, although it is alone now
         np.testing.assert_array_equal(Endpoint(f"{url}other")(ONES), 2 * ONES)
+        np.testing.assert_array_equal(Endpoint(f"{url}any")(ONES), 2 * ONES)
         for verb in ("load", "unload"):
             assert ask(plane, "POST", f"/api/models/none/{verb}").status == 404
 
