@@ -6,7 +6,7 @@ It listens nowhere and changes nothing; what it reads of a version may be read o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel
@@ -14,6 +14,7 @@ from pydantic.json_schema import models_json_schema
 
 import remote_ops
 from remote_ops.signature import TensorSpec
+from server_ref.cache import Cached
 from server_ref.mishaps import Mishap
 from server_ref.model import Version
 from server_ref.names import without_places
@@ -123,7 +124,7 @@ class VersionView(_Form):
     devices: list[str] = []
     batching: Batching | None = None
     queue: Queue | None = None
-    cache: dict[str, float] | None = Field(None, description="counters of the row cache, where there is one")
+    cache: dict[str, int] | None = Field(None, description="counters of the row cache, where there is one")
     counters: Counters | None = None
     latencies: Latencies | None = None
 
@@ -313,9 +314,8 @@ def _tensor(spec: TensorSpec) -> Tensor:
     return Tensor(name=spec.name, dtype=spec.dtype, shape=shape, description=spec.description)
 
 
-def _cache_of(version: Version) -> dict[str, float] | None:
-    counters: Callable[[], Mapping[str, float]] | None = getattr(version, "cache_counters", None)
-    return dict(counters()) if counters is not None else None
+def _cache_of(version: Version) -> dict[str, int] | None:
+    return version.outer.cache_stats()._asdict() if isinstance(version.outer, Cached) else None
 
 
 def _counters(snapshot: Snapshot) -> Counters:

@@ -159,7 +159,7 @@ class _Api:
     async def get_server(self, request: Request) -> api.Server:
         front = self.server.front
         ready, draining, connections, in_flight = await self.there(
-            lambda: (front.ready, front.draining, len(front.connections), front.in_flight)
+            lambda: (front.ready and front.catalog.ready, front.draining, len(front.connections), front.in_flight)
         )
         now = time.time()
         return api.Server(

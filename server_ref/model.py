@@ -87,11 +87,12 @@ class Version:
             servables, name=name, batching=batching, limits=limits, response_timeout_s=response_timeout_s,
             deliver=None if awaited else self._deliver, stats=self.stats,
         )  # fmt: skip
-        outer = awaited(self.instances) if awaited else self.servable
-        self.cache_stats: Callable[[], CacheStats] | None = getattr(outer, "cache_stats", None)
+        # What answers: a cache around the copies, or the copy itself.
+        self.outer: Any = awaited(self.instances) if awaited else self.servable
+        self.cache_stats: Callable[[], CacheStats] | None = getattr(self.outer, "cache_stats", None)
         alone = len(servables) == 1 and not batching.max_rows
         self.ainfer: Callable[..., Awaitable[dict[str, Array]]] | None = (
-            getattr(outer, "ainfer", None) if awaited or alone else None
+            getattr(self.outer, "ainfer", None) if awaited or alone else None
         )
         self._threads = awaited is not None or self.ainfer is None
         self._never_waits = bool(getattr(self.servable, "never_waits", False)) and alone

@@ -475,6 +475,17 @@ def test_models_that_were_handed_over_are_labelled_and_unloaded_but_not_opened_a
             assert ask(plane, "POST", f"/api/models/none/{verb}").status == 404
 
 
+def test_a_cache_is_told_with_its_counters(tmp_path: Path) -> None:
+    onnx_model(tmp_path / "double" / "1" / "model.onnx")
+    (tmp_path / "double" / "model.yaml").write_text("cache: {max_mb: 1}\n")
+    plane = ControlPlane("127.0.0.1:0")
+    with server_ref.running(tmp_path, control=plane) as url, Endpoint(url) as endpoint:
+        for _ in range(2):
+            np.testing.assert_array_equal(endpoint(ONES), 2 * ONES)
+        cache = ask(plane.url, "GET", "/api/models/double").json["versions"][0]["cache"]
+        assert (cache["lookups"], cache["answered"], cache["bypassed"]) == (2, 1, 0)
+
+
 def test_a_drain_of_a_server_inside_a_program_is_refused() -> None:
     with controlled(allow_changes=True) as (_, plane):
         drained = ask(plane, "POST", "/api/drain")
