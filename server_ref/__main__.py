@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serve(
             models, args.listen, folder=args.folder, watch_s=args.watch, device=_device(args), limits=limits,
             tls=certificates, access=access, grace_s=args.drain_grace_s, exit_timeout_s=args.exit_timeout_s,
-            control=_control(args), told=progress_on(sys.stderr),
+            control=_control(args), told=progress_on(sys.stderr), allow_changes=args.allow_model_control,
+            model_urls=args.allow_model_url or (), cors_origins=args.cors_origin or (),
         )  # fmt: skip
     except (RemoteOpsError, ImportError) as error:
         print(f"server_ref: {error}", file=sys.stderr)
@@ -148,7 +149,11 @@ def _add_guards(parser: argparse.ArgumentParser) -> None:
     add("--client-ca", metavar="FILE", help="who signs the certificates that clients must show")
     add("--control", metavar="HOST:PORT",
         help="where to listen for the control plane, such as 127.0.0.1:9001 (default: it is off)")  # fmt: skip
-    add("--allow-model-control", action="store_true", help="let the control plane change what is served")
+    add("--allow-model-control", action="store_true", help="let those with an admin token change what is served")
+    add("--allow-model-url", action="append", metavar="PREFIX",
+        help="with it: load model files from URLs that begin so, by their SHA-256; repeat")  # fmt: skip
+    add("--cors-origin", action="append", metavar="ORIGIN",
+        help="let pages of this origin call models from a browser; repeat, or * for all")  # fmt: skip
     add("--insecure", action="store_true", help="let other machines in without asking who calls")
 
 

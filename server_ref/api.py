@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Done", "Entry", "ErrorList", "Graph", "Labels", "LogLevel", "ModelList", "ModelView", "Operation", "Scale",
-    "Server", "Told", "VersionView", "Weights", "Which", "document", "errors_of", "graph_of", "version_of",
+    "Server", "Told", "VersionView", "Wanted", "Weights", "Which", "document", "errors_of", "graph_of", "version_of",
 ]  # fmt: skip
 
 
@@ -246,6 +246,13 @@ class Which(_Form):
     version: str = ""
 
 
+class Wanted(Which):
+    """What to load: a version that is known, or a file from the web with its SHA-256."""
+
+    url: str = ""
+    sha256: str = ""
+
+
 class Scale(_Form):
     """How many instances a version shall have."""
 
@@ -427,6 +434,6 @@ def _described(operation: Operation, places: Mapping[Any, Mapping[str, Any]]) ->
     if "{model}" in operation.path:
         described["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
     if operation.takes is not None:
-        needed = operation.takes is not Which
+        needed = operation.takes not in (Which, Wanted)
         described["requestBody"] = {"required": needed, "content": body(operation.takes, "validation")}
     return described

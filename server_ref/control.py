@@ -57,6 +57,9 @@ class ModelControl(Protocol):
     async def load(self, name: str, *, version: str = "") -> Any:
         """Serve a model, or serve it anew; returns once it is warm."""
 
+    async def fetch(self, name: str, url: str, sha256: str, *, version: str = "") -> Any:
+        """Serve a model file from the web, if it may be had from there."""
+
     async def unload(self, name: str, *, version: str = "") -> Any:
         """Serve it no more; returns once what was begun has ended."""
 
@@ -185,8 +188,11 @@ class _Api:
     # changed
 
     async def load(self, request: Request) -> api.Done:
-        name, which = request.path_params["model"], await _body(request, api.Which)
-        await self.awaited(lambda: self.models.load(name, version=which.version))
+        name, wanted = request.path_params["model"], await _body(request, api.Wanted)
+        if wanted.url:
+            await self.awaited(lambda: self.models.fetch(name, wanted.url, wanted.sha256, version=wanted.version))
+        else:
+            await self.awaited(lambda: self.models.load(name, version=wanted.version))
         return api.Done(done=f"'{name}' is loaded")
 
     async def unload(self, request: Request) -> api.Done:
@@ -264,7 +270,7 @@ _ROUTES = tuple(
         ("GET", _MODEL, _Api.get_model, "One model", api.ModelView, None, False),
         ("PUT", f"{_MODEL}/labels", _Api.set_labels, "Let labels stand for versions", api.Labels, api.Labels, True),
         ("PUT", f"{_MODEL}/weights", _Api.set_weights, "Split requests by weight", api.Weights, api.Weights, True),
-        ("POST", f"{_MODEL}/load", _Api.load, "Load a model, or load it anew", api.Done, api.Which, True),
+        ("POST", f"{_MODEL}/load", _Api.load, "Load a model, or load it anew", api.Done, api.Wanted, True),
         ("POST", f"{_MODEL}/unload", _Api.unload, "Serve a model no more", api.Done, api.Which, True),
         ("POST", f"{_MODEL}/scale", _Api.scale, "Change how many instances there are", api.Done, api.Scale, True),
         ("GET", "/api/graph/{model}", _Api.get_graph, "The nodes and edges of a graph", api.Graph, None, False),

@@ -16,7 +16,7 @@ import ssl
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -87,7 +87,9 @@ class Server:
         device: where models of the folder run, unless their settings say.
         told: is told how far loading is.
         tls: makes it https; `Certificates` are read again by `reload`, a context is what it is.
-        limits, timeouts, access: as in `front`.
+        limits, timeouts, access, cors_origins: as in `front`.
+        allow_changes: whether clients of the data plane may load and unload models too.
+        model_urls: how the URLs of model files begin that may be loaded; none unless said.
         control: an API that says how it does, on a listener of its own.
     """
 
@@ -100,6 +102,9 @@ class Server:
         limits: http1.Limits = http1.Limits(),  # noqa: B008 (immutable)
         timeouts: Timeouts = Timeouts(),  # noqa: B008 (immutable)
         access: Access | None = None,
+        cors_origins: Sequence[str] = (),
+        allow_changes: bool = False,
+        model_urls: Sequence[str] = (),
         control: ControlPlane | None = None,
         on_shutdown: Callable[[], None] | None = None,
         folder: str | os.PathLike[str] | None = None,
@@ -125,9 +130,17 @@ class Server:
         if control is not None:  # which shows how long the nodes of a graph take
             models = {name: what if isinstance(what, Version) else watched(what) for name, what in models.items()}
         self.control = control
-        self.front = Front(models, limits=limits, timeouts=timeouts, on_shutdown=on_shutdown, access=access)
-        self.repository = Repository(self.front.catalog, told=told)
+        self.front = Front(
+            models, limits=limits, timeouts=timeouts, on_shutdown=on_shutdown, access=access, cors_origins=cors_origins
+        )
+        self.repository = Repository(
+            self.front.catalog, told=told, fetched=_fetching(model_urls) if model_urls else None
+        )
         self.front.index = self.repository.index
+        guarded = self.listen.loopback or (access is not None and access.has_admin)
+        allowed = allow_changes or (control is not None and control.allow_changes)
+        if allowed and guarded:  # whoever loads models runs code
+            self.front.control = self.repository
         self.url = ""
         self.certificates = tls if isinstance(tls, Certificates) else None
         self._tls = tls.context if isinstance(tls, Certificates) else tls
@@ -281,6 +294,12 @@ def _look_at(folder: Path, device: str) -> tuple[Scan, list[Source]]:
     return seen, sources_in(seen, device=device)
 
 
+def _fetching(model_urls: Sequence[str]) -> Callable[[str, str], Path]:
+    from server_ref.sources import Sources
+
+    return Sources(model_urls).fetch
+
+
 def _remove_stale(path: str) -> None:
     """Remove a socket that nobody listens on any more; a live one, or another file, stays and is reported."""
     try:
@@ -298,29 +317,13 @@ def _remove_stale(path: str) -> None:
 
 
 @contextlib.contextmanager
-def running(
-    models: Models,
-    listen: str = "127.0.0.1:0",
-    *,
-    tls: Certificates | ssl.SSLContext | None = None,
-    limits: http1.Limits = http1.Limits(),  # noqa: B008 (immutable)
-    timeouts: Timeouts = Timeouts(),  # noqa: B008 (immutable)
-    access: Access | None = None,
-    control: ControlPlane | None = None,
-    watch_s: float = 0.0,
-    device: str = "auto",
-) -> Iterator[str]:
+def running(models: Models, listen: str = "127.0.0.1:0", **options: Any) -> Iterator[str]:
     """Serve `models` from a background thread while the block runs; for tests and notebooks.
 
     Args:
         models: name -> servable, or the folder of a repository.
         listen: where; a free port of the loopback address unless said.
-        tls: makes it https; `Certificates` are read again by `reload`, a context is what it is.
-        limits, timeouts: as in `front`.
-        access: who may do what; anybody who reaches it, unless given.
-        control: an API that says how it does, on a listener of its own; `control.url` is where.
-        watch_s: seconds between two looks at the folder; 0: it is looked at once.
-        device: where models of the folder run, unless their settings say.
+        options: more for `Server`, such as `tls`, `limits`, `timeouts`, `access`, `control` and `watch_s`.
 
     Yields:
         The URL. One model answers any path under it; several answer `<url><name>`.
@@ -329,18 +332,15 @@ def running(
         SpecError: no models, or the address is taken.
     """
     loop = new_loop()
-    server = Server(
-        models, listen, tls=tls, limits=limits, timeouts=timeouts, access=access, control=control,
-        watch_s=watch_s, device=device,
-    )  # fmt: skip
+    server = Server(models, listen, **options)
     thread = threading.Thread(target=loop.run_forever, name="server_ref", daemon=True)
     thread.start()
 
     def end() -> None:
         if thread.is_alive():  # not again, and not in a forked child
             asyncio.run_coroutine_threadsafe(_close_soon(server), loop).result()
-            if control is not None:
-                control.stop()
+            if server.control is not None:
+                server.control.stop()
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()

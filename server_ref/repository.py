@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from remote_ops.errors import ModelNotFound, ModelUnavailable, RemoteOpsError, SpecError
@@ -67,6 +68,7 @@ class Repository:
         drain_s: how long a version that is replaced may take to finish what it has begun.
         told: is told of each step of a load: the entry, `load` or `warm`, how many are done and of how many; on
             the loading thread.
+        fetched: gives the path of a model file, by its URL and SHA-256; without it no URL is loaded.
         opened: opens a source; `opening.open_version` unless a test holds it.
     """
 
@@ -77,12 +79,14 @@ class Repository:
         drain_s: float = 30.0,
         told: Told | None = None,
         opened: Callable[..., Version] | None = None,
+        fetched: Callable[[str, str], Path] | None = None,
     ) -> None:
         self.catalog = catalog
         self.drain_s = drain_s
         self._entries: dict[tuple[str, str], Entry] = {}
         self._told = told
         self._opened = opened
+        self._fetched = fetched
         self._loading = asyncio.Lock()
         self._turns: dict[str, asyncio.Lock] = {}
         self._draining: set[asyncio.Task[None]] = set()
@@ -149,6 +153,23 @@ class Repository:
             RemoteOpsError: it cannot be opened; what was served before still is.
         """
         return await self.open(self.entry(name, version).source)
+
+    async def fetch(self, name: str, url: str, sha256: str, *, version: str = "") -> Entry:
+        """Open a model file from the web, known or not.
+
+        Raises:
+            SpecError: it may not be had from there, or has no digest, or another.
+            TransportError: it could not be had.
+            RemoteOpsError: it cannot be opened; what was served before still is.
+        """
+        if self._fetched is None:
+            raise SpecError("model URLs are refused here: expected --allow-model-url with its beginning", path="url")
+        if not sha256:
+            raise SpecError("a model from the web needs its digest: expected 64 hex digits", path="sha256")
+        path = await self._apart(functools.partial(self._fetched, url, sha256))
+        known = self._entries.get((name, version))
+        source = Source(name, version, str(path), None if known is None else known.source.settings, sha256)
+        return await self.open(source)
 
     async def open(self, source: Source) -> Entry:
         """The same for a source, known or not."""

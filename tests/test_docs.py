@@ -115,7 +115,7 @@ def test_server_page_states_the_defaults(flag: str, name: str) -> None:
 
 
 def test_server_page_states_the_limits_of_the_server() -> None:
-    rows = {what: most for what, most, _ in tables_of("docs/server.md")["what", "most", "then"]}
+    rows = {what: most for what, most, _ in tables_of("docs/server-operations.md")["what", "most", "then"]}
     limits, timeouts = http1.Limits(), Timeouts()
     assert {what: number(most) for what, most in rows.items()} == {
         "header block": limits.max_head_bytes,

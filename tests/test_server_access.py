@@ -148,7 +148,8 @@ ROUTES: dict[str, tuple[tuple[str, str, bytes, int], ...]] = {
     ),
     "admin": (
         ("GET", "/control/reboot", b"", 404),
-        ("POST", "/v2/repository/models/double/load", REQUEST, 404),
+        ("POST", "/control/reboot", REQUEST, 404),
+        ("PUT", "/v2/repository/models/double/load", REQUEST, 405),
     ),
 }
 

@@ -486,6 +486,28 @@ def test_a_cache_is_told_with_its_counters(tmp_path: Path) -> None:
         assert (cache["lookups"], cache["answered"], cache["bypassed"]) == (2, 1, 0)
 
 
+@pytest.mark.parametrize(
+    ("listen", "allowed", "tokens", "status"),
+    [
+        ("127.0.0.1:0", False, False, 403),
+        ("127.0.0.1:0", True, False, 200),
+        ("127.0.0.1:0", True, True, 200),
+        ("0.0.0.0:0", True, False, 403),
+        ("0.0.0.0:0", True, True, 200),
+    ],
+)
+def test_s10_clients_of_the_data_plane_unload_models_only_where_the_control_plane_may(
+    listen: str, allowed: bool, tokens: bool, status: int
+) -> None:
+    plane = ControlPlane("127.0.0.1:0", allow_changes=allowed)
+    access = Access(admin=[ADMIN]) if tokens else None
+    with server_ref.running({"double": doubling()}, listen, access=access, control=plane) as url:
+        path = "/v2/repository/models/double/unload"
+        if tokens:
+            assert ask(url, "POST", path, {}).status == 401
+        assert ask(url, "POST", path, {}, bearer(ADMIN)).status == status
+
+
 def test_a_drain_of_a_server_inside_a_program_is_refused() -> None:
     with controlled(allow_changes=True) as (_, plane):
         drained = ask(plane, "POST", "/api/drain")

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import hashlib
+import http.server
+import json
 import os
 import shutil
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +30,7 @@ from remote_ops.errors import ModelNotFound, ModelUnavailable, RemoteOpsError, S
 from remote_ops.servable import Servable
 from server_ref.lifecycle import Server
 from server_ref.repository import Entry, Repository
+from server_ref.sources import Sources
 
 ONE = np.ones((1, 2), np.float32)
 NO_RETRY = Retry(attempts=1)
@@ -455,3 +462,61 @@ def test_a_model_that_is_isolated_batched_and_cached_by_its_settings_answers(tmp
         version = it.server.front.catalog.models["m"].versions["1"]
         assert version.stats.snapshot().executions == 1  # the others were known
         assert len(version.instances.servables) == 2
+
+
+# --------------------------------------------------------------------------- changes by clients
+
+
+def ask(url: str, path: str, body: Any = None) -> tuple[int, Any]:
+    """The status and the JSON of a POST."""
+    data = json.dumps(body or {}).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(f"{url}{path}", data), timeout=WAIT_S) as answer:
+            return answer.status, json.loads(answer.read() or b"null")
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def test_clients_of_the_open_inference_protocol_load_and_unload_where_that_is_allowed(tmp_path: Path) -> None:
+    write_model(tmp_path / "m.onnx", 2)
+    write_model(tmp_path / "n.onnx", 3)
+    with running(tmp_path) as closed:
+        assert ask(closed.url(), "v2/repository/models/m/unload")[0] == 403
+    with running(tmp_path, allow_changes=True) as it:
+        assert ask(it.url(), "v2/repository/models/m/unload")[0] == 200
+        listed = {row["name"]: row["state"] for row in ask(it.url(), "v2/repository/index")[1]}
+        assert listed == {"m": "UNAVAILABLE", "n": "READY"}
+        assert ask(it.url(), "v2/repository/models/m/load")[0] == 200
+        assert factor_at(it.url("m")) == 2
+        status, told = ask(it.url(), "v2/repository/models/mm/load")
+        assert (status, "no model 'mm'" in told["error"]) == (404, True)
+
+
+def test_a_model_from_the_web_is_loaded_by_its_digest_from_where_that_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REMOTE_OPS_CACHE", str(tmp_path / "kept"))
+    write_model(tmp_path / "models" / "m.onnx", 2)
+    write_model(tmp_path / "web" / "far.onnx", 5)
+    sha256 = hashlib.sha256((tmp_path / "web" / "far.onnx").read_bytes()).hexdigest()
+    shown = functools.partial(Quiet, directory=str(tmp_path / "web"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), shown) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{web.server_port}/"
+        with running(tmp_path / "models") as it:
+            with pytest.raises(SpecError, match="model URLs are refused here: expected --allow-model-url"):
+                it.do(it.repository.fetch("far", f"{base}far.onnx", sha256))
+        with running(tmp_path / "models", model_urls=[base]) as it:
+            with pytest.raises(SpecError, match="private, local or reserved"):
+                it.do(it.repository.fetch("far", f"{base}far.onnx", sha256))
+            it.repository._fetched = Sources([base], allow_private=True).fetch
+            with pytest.raises(SpecError, match="expected 64 hex digits"):
+                it.do(it.repository.fetch("far", f"{base}far.onnx", ""))
+            it.do(it.repository.fetch("far", f"{base}far.onnx", sha256))
+            assert factor_at(it.url("far")) == 5
+        web.shutdown()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
