@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
+from ensemble.document import read_yaml
 from remote_ops.errors import RemoteOpsError, SpecError
 from server_ref.folder import Found, Key, Scan, Settling, changes, scan
 from server_ref.repository import Repository
@@ -39,12 +41,29 @@ def sources_in(seen: Scan, *, device: str = "auto") -> list[Source]:
                 f"the settings of model '{name}' name version {', '.join(missing)}: there are {', '.join(versions)}",
                 path=f"{name}/model.yaml",
             )
-    return [source_of(found, device) for found in seen.found.values()]
+    return [source_of(found, device) for found in sorted(seen.found.values(), key=is_graph)]  # what they need first
 
 
 def source_of(found: Found, device: str) -> Source:
     """What was found as a source."""
     return Source(found.name, found.version, str(found.path), found.settings, found.fingerprint, device)
+
+
+def is_graph(found: Found) -> bool:
+    """Whether it is a graph of models, which may name models of its folder."""
+    return found.path.suffix.lower() in (".yaml", ".yml")
+
+
+def files_of(found: Found) -> Iterator[Path]:
+    """The files that the nodes of a graph name, its own aside; none of what is no graph."""
+    if not is_graph(found):
+        return
+    value = read_yaml(found.path.read_text("utf-8", errors="replace"), str(found.path)).value
+    nodes = value.get("nodes") if isinstance(value, dict) else None
+    for node in nodes.values() if isinstance(nodes, dict) else ():
+        named = node.get("path") if isinstance(node, dict) else None
+        if isinstance(named, str):
+            yield Path(os.path.normpath(found.path.parent / named))
 
 
 class Watch:
@@ -87,8 +106,10 @@ class Watch:
         self._tell(seen)
         before = dict(self._settling.counted)
         after = self._settling.seen(seen, time.monotonic())
-        for name in sorted({key[0] for keys in changes(before, after) for key in keys}):
-            await self._follow(name, before, after)
+        changed = {key for keys in changes(before, after) for key in keys}
+        needing = {key for key, found in after.items() if key not in changed and _needs(found, changed, after)}
+        for name in sorted({key[0] for key in changed}) + sorted({key[0] for key in needing}):
+            await self._follow(name, before, after, anew=needing)
 
     def _tell(self, seen: Scan) -> None:
         troubles = {str(trouble.error) for trouble in seen.troubles}
@@ -96,12 +117,20 @@ class Watch:
             log.error("in %s: %s", self.folder, trouble)
         self._troubles = troubles
 
-    async def _follow(self, name: str, before: Mapping[Key, Found], after: Mapping[Key, Found]) -> None:
+    async def _follow(
+        self, name: str, before: Mapping[Key, Found], after: Mapping[Key, Found], *, anew: Collection[Key]
+    ) -> None:
         there = {key: found for key, found in after.items() if key[0] == name}
         gone = [key for key in before if key[0] == name and key not in after]
-        anew = {key for key, found in there.items() if before.get(key) != found}
+        changed = {key[1] for key, found in there.items() if before.get(key) != found or key in anew}
         sources = [source_of(found, self.device) for found in there.values()]
         try:
-            await self.repository.follow(name, sources, anew={key[1] for key in anew}, gone=[key[1] for key in gone])
+            await self.repository.follow(name, sources, anew=changed, gone=[key[1] for key in gone])
         except RemoteOpsError as error:
             log.error("model %r: %s", name, error)
+
+
+def _needs(found: Found, changed: Collection[Key], after: Mapping[Key, Found]) -> bool:
+    """Whether a graph names a file of a model that has changed or come."""
+    paths = [after[key].path for key in changed if key in after]
+    return any(file.is_relative_to(path) for file in files_of(found) for path in paths)

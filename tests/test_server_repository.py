@@ -286,6 +286,63 @@ def test_r8_a_folder_that_is_watched_is_followed(tmp_path: Path) -> None:
     assert failures == []
 
 
+def test_a_graph_is_opened_anew_when_a_model_that_it_names_has_changed(tmp_path: Path) -> None:
+    write_model(tmp_path / "double.onnx", 2)
+    (tmp_path / "also.yaml").write_text(
+        "ensemble: 1\nname: also\ninputs: {x: {dtype: float32, shape: [N, 2]}}\n"
+        "nodes:\n  first: {kind: onnx, path: double.onnx, inputs: {x: $inputs.x}}\n"
+        "outputs: {y: first.y}\n"
+    )
+    with running(tmp_path, watch_s=0.05) as it:
+        assert [(entry.name, factor_at(it.url(entry.name))) for entry in it.call(it.repository.index)] == [
+            ("also", 2.0),
+            ("double", 2.0),
+        ]
+        write_model(tmp_path / "double.onnx", 7)
+        assert until(lambda: factor_at(it.url("double")) == 7)
+        assert until(lambda: factor_at(it.url("also")) == 7)
+
+
+@pytest.mark.slow
+def test_a_folder_of_onnx_torch_and_tensorflow_models_and_a_graph_is_served(tmp_path: Path) -> None:
+    tensorflow = pytest.importorskip("tensorflow", reason="to run this: pip install tensorflow-cpu")
+    torch = pytest.importorskip("torch", reason="to run this: pip install torch")
+    write_model(tmp_path / "two.onnx", 2)
+
+    class Three(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def forward(self, x: Any) -> Any:
+            return 3 * x
+
+    rows = torch.export.Dim("rows")
+    program = torch.export.export(Three(), (torch.ones(2, 2),), dynamic_shapes={"x": {0: rows}})
+    (tmp_path / "three").mkdir()
+    torch.export.save(program, tmp_path / "three" / "net.pt2")
+
+    class Five(tensorflow.Module):  # type: ignore[misc, name-defined]
+        @tensorflow.function(input_signature=[tensorflow.TensorSpec([None, 2], tensorflow.float32, name="x")])  # type: ignore[untyped-decorator]
+        def __call__(self, x: Any) -> Any:
+            return {"y": 5 * x}
+
+    five = Five()
+    signatures = {"serving_default": five.__call__.get_concrete_function()}
+    tensorflow.saved_model.save(five, str(tmp_path / "five" / "1"), signatures=signatures)
+    (tmp_path / "mean.yaml").write_text(
+        "ensemble: 1\nname: mean\ninputs: {x: {dtype: float32, shape: [N, 2]}}\n"
+        "nodes:\n"
+        "  a: {kind: onnx, path: two.onnx, inputs: {x: $inputs.x}}\n"
+        "  b: {kind: tf, path: five/1, inputs: {x: $inputs.x}}\n"
+        "  mean: {kind: combine, method: mean, inputs: {a: a.y, b: b.y}}\n"
+        "outputs: {y: mean}\n"
+    )
+    with server_ref.running(tmp_path) as url:
+        assert {name: factor_at(f"{url}{name}") for name in ("two", "three", "five", "mean")} == {
+            "two": 2.0,
+            "three": 3.0,
+            "five": 5.0,
+            "mean": 3.5,
+        }
+
+
 def test_r8_a_file_that_is_still_being_copied_is_not_loaded(tmp_path: Path) -> None:
     write_model(tmp_path / "m.onnx", 1)
     whole = tmp_path.parent / f"{tmp_path.name}-whole.onnx"
