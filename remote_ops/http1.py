@@ -25,6 +25,7 @@ __all__ = ["CONTINUE", "Head", "Limits", "Message", "Reader", "request_head", "r
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _SCRATCH_BYTES = 1 << 16
 _CHUNK_LINE_BYTES = 256
+_EMPTY_LINES = 8
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?")
 _REQUEST_LINE = re.compile(rb"[^ \r]+ [^ \r]+ HTTP/(1\.[01])")
 _STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) [^\r]*")
@@ -105,6 +106,7 @@ class Reader:
     def _reset(self) -> None:
         self.state = _State.HEAD
         self.head: Head | None = None
+        self._empty_lines = 0
         self._body = memoryview(b"")
         self._filled = 0
         self._parts = bytearray()
@@ -229,6 +231,9 @@ class Reader:
         # Bytes past the cap, which are there or not as the peer's writes fall, must not decide how it is refused.
         pending = bytes(self._scratch[self._start : min(self._end, self._start + self._limits.max_head_bytes + 1)])
         if self._is_request and pending[:2] == b"\r\n":  # an empty line before a request is tolerated (RFC 9112, 2.2)
+            self._empty_lines += 1
+            if self._empty_lines > _EMPTY_LINES:  # each is a sign of life that costs its sender next to nothing
+                raise FramingError(f"more than {_EMPTY_LINES} empty lines before a request")
             self._start += 2
             return True
         length = pending.find(b"\r\n\r\n") + 4

@@ -567,6 +567,12 @@ def test_c41_the_head_says_whether_the_peer_waits_for_100_continue(version: str,
     assert [message.body for message in put(reader, b"hello")] == [b"hello"]
 
 
+def test_a_few_empty_lines_before_each_request_are_skipped_and_more_are_refused() -> None:
+    few = b"\r\n" * 8 + post("Content-Length: 1", body=b"x")
+    assert [got.body for got in read("request", few * 3)] == [b"x"] * 3
+    assert_refused("request", b"\r\n" * 9, "more than 8 empty lines before a request")
+
+
 def test_an_upgrade_that_is_asked_for_is_answered_as_if_it_were_not() -> None:
     data = post("Connection: upgrade", "Upgrade: websocket", "Content-Length: 2", body=b"xy") + post()
     assert [message.body for message in read("request", data)] == [b"xy", b""]
