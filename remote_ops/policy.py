@@ -331,6 +331,7 @@ class Load(NamedTuple):
         tried: this call was sent to it already.
         in_flight: requests that it has not answered yet.
         typical_s: what an answer of it takes; None if not known.
+        refused: this call could not even connect to it: then an ejected one, which may be back, is the better choice.
     """
 
     state: str = UP
@@ -338,11 +339,14 @@ class Load(NamedTuple):
     tried: bool = False
     in_flight: int = 0
     typical_s: float | None = None
+    refused: bool = False
 
 
 def is_left(load: Load) -> bool:
-    """Whether a replica can take a call: it is not banned, and if it is probed, not by another call."""
-    return not load.held and (load.state == UP or (load.state == PROBING and not load.in_flight and not load.tried))
+    """Whether a replica can take a call: not banned or out of reach, and if it is probed, not by another call."""
+    if load.held or load.refused:
+        return False
+    return load.state == UP or (load.state == PROBING and not load.in_flight and not load.tried)
 
 
 def choose(loads: Sequence[Load], turn: int, pick: Callable[[int], int]) -> int:

@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from typing import NamedTuple
 
 from remote_ops.addresses import Lookup, is_name, look_up, replicas_among
-from remote_ops.errors import DeadlineExceeded, Overloaded, RemoteOpsError, brief
+from remote_ops.errors import ConnectError, DeadlineExceeded, Overloaded, RemoteOpsError, brief
 from remote_ops.policy import (
     UP,
     Breaker,
@@ -77,6 +77,7 @@ class Replica:
         "in_flight",
         "last_error",
         "recent_s",
+        "refuses",
         "sent",
         "took_s",
         "typical_s",
@@ -92,6 +93,7 @@ class Replica:
         self.held_until = -math.inf  # others are asked first until then
         self.asked_until = -math.inf  # it has said so itself
         self.last_error = ""
+        self.refuses = False  # the latest connection to it could not be made
         self.took_s: deque[float] = deque(maxlen=512)
         self.recent_s: deque[float] = deque(maxlen=16)
         self.typical_s: float | None = None
@@ -198,6 +200,7 @@ class Replicas:
             replica in tried,
             replica.in_flight,
             typical_s,
+            replica.refuses and replica in tried,
         )
 
     def begin(self, replica: Replica, *, first: bool) -> float:
@@ -223,6 +226,7 @@ class Replicas:
             if replica.health.faults:
                 replica.health = self._breaker.after_answer(replica.health)
             replica.asked_until = replica.held_until = -math.inf
+            replica.refuses = False
             if measured:
                 self._measure(replica, now - since, now)
         if back:
@@ -234,6 +238,7 @@ class Replicas:
         ejected: Health | None = None
         with self._lock:
             self._released(replica)
+            replica.refuses = isinstance(error, ConnectError)
             if error.retryable and error.retry_after_s is not None:
                 replica.asked_until = replica.held_until = now + min(error.retry_after_s, _LONGEST_HOLD_S)
             elif isinstance(error, Overloaded):

@@ -374,6 +374,20 @@ def test_a_replica_is_ejected_after_five_faults_then_probed_and_comes_back(way: 
         assert first.count > 6
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_replica_that_was_ejected_is_asked_once_the_other_has_gone(way: Any) -> None:
+    ill = threading.Event()
+    ill.set()
+    first = Counted(lambda *both: status("503 X")(*both) if ill.is_set() else good(*both))
+    with replicas(first, good, retry=QUICK, breaker=Breaker(base_s=60)) as (endpoint, peers):
+        infer(endpoint, 40)
+        assert [replica.state for replica in endpoint.stats()] == ["ejected", "up"]
+        ill.clear()
+        peers[1].close()
+        way(endpoint, 40)
+        assert first.count == 5 + 40
+
+
 def test_deadlines_that_leave_no_time_eject_nobody() -> None:
     with replicas(good, good) as (endpoint, _):
         infer(endpoint, 10)
