@@ -11,7 +11,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard, runtime_checkable
@@ -294,6 +294,7 @@ MODEL_FILES = tuple(_KINDS)
 _SUPPORTED = (
     f"a file ending in {', '.join(_KINDS)} or .yaml, a folder with a {SAVED_MODEL}, 'package.module:thing', or a URL"
 )
+_ARCHIVE = re.compile(r"\.(mar|zip|7z|rar|tar|tgz|gz|bz2|xz|zst)$", re.IGNORECASE)
 _OBJECT = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<thing>[^\W\d]\w*(\.[^\W\d]\w*)*)")
 
 
@@ -389,7 +390,15 @@ def _require_file(path: Path) -> None:
         raise SpecError(f"no such model '{path}'; {hint}")
     if not (path / SAVED_MODEL).is_file() if path.is_dir() else path.suffix.lower() not in _KINDS:
         kind = "a folder without one" if path.is_dir() else f"a file ending in '{path.suffix}'"
-        raise SpecError(f"cannot load '{path}': expected {_SUPPORTED}, got {kind}")
+        raise SpecError(f"cannot load '{path}': expected {_SUPPORTED}, got {kind}{about_archives([path.name])}")
+
+
+def about_archives(names: Iterable[str]) -> str:
+    """What to do with the archives among files that are no models, to be added to a message; empty without any."""
+    found = [name for name in names if _ARCHIVE.search(name)]
+    if not found:
+        return ""
+    return f"; nothing is unpacked here: unpack {', '.join(found)} yourself, if you trust it, and name the model in it"
 
 
 def _import(module: str, thing: str, what: str) -> Any:

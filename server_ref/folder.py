@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeAlias
 
 from ensemble.document import read_yaml
 from remote_ops.errors import SpecError
-from remote_ops.servable import MODEL_FILES, SAVED_MODEL
+from remote_ops.servable import MODEL_FILES, SAVED_MODEL, about_archives
 from remote_ops.signature import did_you_mean
 from server_ref.settings import ModelSettings, read_settings
 
@@ -233,7 +233,7 @@ class _Looking:
                 with self._noting(name, None):
                     self._look_at(name, entries)
             if not (self.found or self.troubles or self.unfinished):
-                got = f"got {_listed(self.ignored)}" if self.ignored else "it is empty"
+                got = f"got {_listed(self.ignored)}{about_archives(self.ignored)}" if self.ignored else "it is empty"
                 raise SpecError(f"no model: expected folders of models, or {_SUPPORTED}; {got}", path=str(self.root))
         return Scan(self.found, tuple(self.troubles), self.unfinished, tuple(self.ignored))
 
@@ -352,7 +352,7 @@ class _Looking:
             raise SpecError(f"{_listed(found)}: expected one model; write 'file: {first}' in {SETTINGS}", path=at)
         if not names:
             raise SpecError(f"the folder of a model is empty: expected {_SUPPORTED}", path=at)
-        raise SpecError(f"no model: expected {_SUPPORTED}, got {_listed(names)}", path=at)
+        raise SpecError(f"no model: expected {_SUPPORTED}, got {_listed(names)}{about_archives(names)}", path=at)
 
     def _settings(self, folder: Path, *, of_version: bool) -> ModelSettings:
         path = folder / SETTINGS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from remote_ops.errors import SpecError
-from remote_ops.servable import MODEL_FILES
+from remote_ops.servable import MODEL_FILES, load
 from server_ref.folder import Changes, Found, Scan, Settling, changes, scan
 from server_ref.settings import ModelSettings, SettingsFaults
 
@@ -456,3 +457,14 @@ def test_a_scan_is_sure_of_all_but_what_is_wrong_and_what_is_being_written() -> 
         False,
         True,
     ]
+
+
+@pytest.mark.parametrize("name", ["m.mar", "m.zip", "m.tar.gz", "M.TGZ"])
+def test_s8_archives_are_refused_by_name_with_what_to_do(tmp_path: Path, name: str) -> None:
+    write(lay(tmp_path, "notes.txt") / name, "")
+    advice = f"nothing is unpacked here: unpack {name} yourself, if you trust it, and name the model in it"
+    assert advice in trouble(tmp_path)
+    write(tmp_path / "in" / "m" / name, "")
+    assert advice in trouble(tmp_path / "in")
+    with pytest.raises(SpecError, match=re.escape(advice)):
+        load(tmp_path / name)
