@@ -6,6 +6,7 @@ It answers nothing itself but refusals.
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ __all__ = ["Gate"]
 
 _OPEN = ("/", "/healthz", "/openapi.json")
 _READS = ("GET", "HEAD", "OPTIONS")
+_TRIES = re.compile(r"/api/models/.+/versions/.*/infer")
 
 
 class Gate:
@@ -29,7 +31,8 @@ class Gate:
 
     Args:
         app: what is behind it.
-        access: the tokens, if there are any. A change wants one of class `admin`; reading wants one beyond loopback.
+        access: the tokens, if there are any. A change, and trying a model, want one of class `admin`; reading wants one
+            beyond loopback.
         allow_changes: whether anything may be changed.
         loopback: whether only this machine can reach it.
         refuse: makes an answer of a refusal.
@@ -61,8 +64,9 @@ class Gate:
         reads = scope["method"] in _READS
         if reads and scope["path"] in _OPEN:
             return None
-        changes = not reads and scope["path"].startswith("/api/")
-        needed = self._needed(changes)
+        tries = scope["method"] == "POST" and _TRIES.fullmatch(scope["path"]) is not None
+        changes = not reads and scope["path"].startswith("/api/") and not tries
+        needed = self._needed_to_try() if tries else self._needed(changes)
         if needed == "open" or self._access is None:
             if self._loopback and not _names_loopback(headers.get("host", "")):
                 return AccessDenied("expected a Host of this machine, such as localhost", status=403)
@@ -73,6 +77,12 @@ class Gate:
         if changes and not self._allow_changes:
             return AccessDenied("nothing can be changed here: start the server with --allow-model-control", status=403)
         return None
+
+    def _needed_to_try(self) -> Kind:
+        """A call of a model changes nothing, but is not to be had here by whoever has no token."""
+        if self._access is None:
+            return "open"
+        return "admin" if self._access.has_admin else "infer"
 
     def _needed(self, changes: bool) -> Kind:
         if self._access is None:

@@ -29,7 +29,7 @@ class ControlPlane:
         listen: `host:port`; port 0 is any free one. Beyond the loopback address only with a token of class `admin`.
         allow_changes: whether it may change anything.
         models: what changes models; unless given, the server's own repository.
-        extra_routes: of Starlette, in addition.
+        extra_routes: of Starlette, in addition; one at `/` is there in place of the page.
 
     `url` is known once the server has started.
     """
@@ -83,10 +83,13 @@ class ControlPlane:
             import uvicorn
 
             from server_ref.control import control_app
+            from server_ref.page import page_routes
+            from server_ref.tryit import tryit_routes
 
+            routes = (*self.extra_routes, *page_routes(server), *tryit_routes(server))
             app = control_app(
                 server, models=self.models or models, allow_changes=self.allow_changes, loopback=loopback,
-                extra_routes=self.extra_routes, url=lambda: self.url,
+                extra_routes=routes, url=lambda: self.url,
             )  # fmt: skip
         except ImportError as error:
             raise ImportError("the control plane needs starlette: pip install 'remote-ops[server]'") from error

@@ -71,6 +71,7 @@ ROOMS = {
         ("open_inference",),
         ("api", "front", "gate"),
         ("control", "progress", "watch"),
+        ("page", "tryit"),
         ("plane",),
         ("lifecycle",),
         ("batcher", "worker"),

@@ -52,6 +52,7 @@ def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
     assert tops - {metadata} == PACKAGES
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
     assert {"ensemble/schema.json", "server_ref/model.schema.json"} <= set(names)  # which editors are pointed to
+    assert "server_ref/page/index.html" in names
     assert f"{metadata}/licenses/LICENSE" in names
     kernel = {path.name for path in (ROOT / "remote_ops/tf/kernel").iterdir() if path.suffix in (".cc", ".h")}
     assert {f"remote_ops/tf/kernel/{name}" for name in kernel} <= set(names)  # what the TensorFlow ops are built from
