@@ -138,7 +138,12 @@ def saved(path: Path, fn: Any, *specs: Any) -> Path:
     """A SavedModel of one function."""
     module = tf.Module()
     module.fn = tf.function(fn, input_signature=specs or [tf.TensorSpec([None], F32, "x")])
-    tf.saved_model.save(module, str(path), signatures=module.fn)
+    gc.collect()  # what TensorFlow frees while it traces, it writes into the graph that it traces
+    gc.disable()
+    try:
+        tf.saved_model.save(module, str(path), signatures=module.fn)
+    finally:
+        gc.enable()
     return path
 
 
