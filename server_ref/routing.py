@@ -37,9 +37,9 @@ def in_order(versions: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(versions, key=_place))
 
 
-def _place(version: str) -> tuple[Any, ...]:
+def _place(version: str) -> tuple[list[Any], str]:
     parts = re.split(r"(\d+)", version)  # text and numbers by turns, text first
-    return (*[int(part) if index % 2 else part for index, part in enumerate(parts)], version)
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], version
 
 
 def served_versions(found: Iterable[str], versions: Versions) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ def split(by: Routes, keys: list[str]) -> list[str]:
         ("3", "007", "rc1", "rc2"),
         ("01", "1"),
         ("a", "b"),
+        ("", "1", "v", "v1"),
     ],
 )
 def test_versions_come_in_the_order_that_people_count(versions: tuple[str, ...]) -> None:
