@@ -5,7 +5,7 @@ It listens nowhere and changes nothing; what it reads of a version may be read o
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -14,6 +14,7 @@ from pydantic.json_schema import models_json_schema
 
 import remote_ops
 from remote_ops.signature import TensorSpec
+from server_ref import stats
 from server_ref.cache import Cached
 from server_ref.mishaps import Mishap
 from server_ref.model import Version
@@ -28,6 +29,8 @@ __all__ = [
     "Done", "Entry", "ErrorList", "Graph", "Labels", "LogLevel", "ModelList", "ModelView", "Operation", "Scale",
     "Server", "Told", "VersionView", "Wanted", "Weights", "Which", "document", "errors_of", "graph_of", "version_of",
 ]  # fmt: skip
+
+_WINDOW_S = 60.0
 
 
 class Entry(Protocol):
@@ -101,12 +104,15 @@ class Counters(_Form):
 
 
 class Latencies(_Form):
-    """Percentiles over the latest requests that succeeded, in milliseconds; none where there are none."""
+    """Percentiles over the requests that succeeded of late, in milliseconds; none where there are none."""
 
     requests: int
     p50_ms: float | None
     p95_ms: float | None
     p99_ms: float | None
+    requests_per_s: float
+    rows_per_s: float
+    window_s: float = Field(description="how late that is")
 
 
 class VersionView(_Form):
@@ -312,7 +318,7 @@ def version_of(entry: Entry, version: Version | None) -> VersionView:
         ),
         cache=_cache_of(version),
         counters=_counters(snapshot),
-        latencies=_latencies(sorted(took_s for _, took_s in snapshot.recent)),
+        latencies=_latencies(stats.latencies(snapshot, time.monotonic(), _WINDOW_S)),
     )  # fmt: skip
 
 
@@ -335,12 +341,12 @@ def _counters(snapshot: Snapshot) -> Counters:
     )  # fmt: skip
 
 
-def _latencies(times_s: Sequence[float]) -> Latencies:
-    def percentile(percent: int) -> float | None:
-        """The smallest time that so many percent of the requests did not exceed."""
-        return 1e3 * times_s[math.ceil(percent * len(times_s) / 100) - 1] if times_s else None
-
-    return Latencies(requests=len(times_s), p50_ms=percentile(50), p95_ms=percentile(95), p99_ms=percentile(99))
+def _latencies(late: stats.Latencies) -> Latencies:
+    p50_ms, p95_ms, p99_ms = (1e3 * one if late.requests else None for one in (late.p50_s, late.p95_s, late.p99_s))
+    return Latencies(
+        requests=late.requests, p50_ms=p50_ms, p95_ms=p95_ms, p99_ms=p99_ms, window_s=_WINDOW_S,
+        requests_per_s=late.requests_per_s, rows_per_s=late.rows_per_s,
+    )  # fmt: skip
 
 
 def errors_of(mishaps: Sequence[Mishap]) -> ErrorList:

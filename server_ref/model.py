@@ -237,7 +237,7 @@ class Version:
         if isinstance(outcome, BaseException):
             self.stats.ended(took_s, failed=reason_of(outcome))
         else:
-            self.stats.ended(took_s, bytes_out=sum(map(len, outcome.body)), at=now)
+            self.stats.ended(took_s, bytes_out=sum(map(len, outcome.body)), at=now, rows=run.rows)
 
     def blamed(self, error: BaseException) -> BaseException:
         """What a model failed with, as its caller should see it: bytes that it could not read were not the caller's."""

@@ -8,6 +8,7 @@ Changing, guarded by `_lock`: everything.
 
 from __future__ import annotations
 
+import math
 import threading
 from bisect import bisect_left
 from collections import deque
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 from remote_ops.errors import DeadlineExceeded, Overloaded, SignatureError
 
-__all__ = ["REASONS", "Durations", "Histogram", "Snapshot", "Stats", "reason_of"]
+__all__ = ["REASONS", "Durations", "Histogram", "Latencies", "Snapshot", "Stats", "latencies", "reason_of"]
 
 # Bounds of the buckets, in seconds and in rows; what is larger than the last falls into one of its own.
 SECONDS = tuple(base * 10.0**power for power in range(-5, 2) for base in (1.0, 2.5, 5.0))
@@ -71,7 +72,10 @@ class Histogram:
 
 
 class Snapshot(NamedTuple):
-    """All of it at one instant. Times are in seconds; `recent` are the latest request times, oldest first."""
+    """All of it at one instant. Times are in seconds.
+
+    `recent` are the latest requests that succeeded, oldest first: when each ended, how long it took, and its rows.
+    """
 
     success: Durations
     failure: Durations
@@ -91,7 +95,7 @@ class Snapshot(NamedTuple):
     compute_s: Histogram
     batch_rows: Histogram
     request_bytes: Histogram
-    recent: tuple[tuple[float, float], ...]
+    recent: tuple[tuple[float, float, int], ...]
     pending: int
 
     @property
@@ -114,7 +118,7 @@ class Stats:
         self._request_s, self._queue_s, self._compute_s = (Histogram(SECONDS) for _ in range(3))
         self._batch_rows = Histogram(ROWS)
         self._request_bytes = Histogram(BYTES)
-        self._recent: deque[tuple[float, float]] = deque(maxlen=_RECENT)
+        self._recent: deque[tuple[float, float, int]] = deque(maxlen=_RECENT)
 
     def began(self, payload_bytes: int) -> None:
         """A request for this version is here."""
@@ -142,7 +146,7 @@ class Stats:
                 self._queue_s.add(seconds)
             self._last_at = ended_at
 
-    def ended(self, took_s: float, *, bytes_out: int = 0, failed: str = "", at: float = 0.0) -> None:
+    def ended(self, took_s: float, *, bytes_out: int = 0, failed: str = "", at: float = 0.0, rows: int = 1) -> None:
         """A request has its answer, or `failed` for one of `REASONS`; `at`, of any clock, goes into `recent`."""
         with self._lock:
             self._pending -= 1
@@ -153,7 +157,7 @@ class Stats:
                 return
             self._success = self._success.plus(took_s)
             self._request_s.add(took_s)
-            self._recent.append((at, took_s))
+            self._recent.append((at, took_s, rows))
 
     @property
     def pending(self) -> int:
@@ -169,3 +173,34 @@ class Stats:
                 self._request_s.copy(), self._queue_s.copy(), self._compute_s.copy(), self._batch_rows.copy(),
                 self._request_bytes.copy(), tuple(self._recent), self._pending,
             )  # fmt: skip
+
+
+class Latencies(NamedTuple):
+    """How the latest requests did: how many there were, percentiles of their times, and how many and rows a second.
+
+    A percentile is the smallest time that so many percent of them did not exceed; 0 where there were none.
+    """
+
+    requests: int = 0
+    p50_s: float = 0.0
+    p95_s: float = 0.0
+    p99_s: float = 0.0
+    requests_per_s: float = 0.0
+    rows_per_s: float = 0.0
+
+
+def latencies(snapshot: Snapshot, now: float, window_s: float) -> Latencies:
+    """How the requests did that succeeded in the `window_s` seconds before `now`, of the clock of `recent`.
+
+    Where more did than a snapshot keeps, it is about those that it keeps. Costs a sort of some 2,000 numbers at most.
+    """
+    recent = [one for one in snapshot.recent if one[0] > now - window_s]
+    span_s = window_s
+    if 1 < len(recent) == _RECENT:  # the first only says since when they are all
+        span_s, recent = now - recent[0][0], recent[1:]
+    if not recent:
+        return Latencies()
+    times = sorted(took_s for _, took_s, _ in recent)
+    p50_s, p95_s, p99_s = (times[math.ceil(percent * len(times) / 100) - 1] for percent in (50, 95, 99))
+    rows, per_s = sum(rows for _, _, rows in recent), 1.0 / max(span_s, 1e-9)
+    return Latencies(len(times), p50_s, p95_s, p99_s, len(times) * per_s, rows * per_s)
