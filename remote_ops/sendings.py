@@ -19,7 +19,7 @@ from remote_ops.errors import DeadlineExceeded, RemoteOpsError, brief
 from remote_ops.headers import Headers
 from remote_ops.policy import Retry
 from remote_ops.replicas import Replica, Replicas
-from remote_ops.telemetry import SendingSpan, log, note, tracing
+from remote_ops.telemetry import SendingSpan, carried, log, note, tracing
 from remote_ops.transport import Call, Reply
 from remote_ops.wire import Ask
 
@@ -65,6 +65,8 @@ class Sending:
                 unless=attempts.headers.lowered,
             )
             self.call = self.call._replace(headers=(*self.call.headers, *self._span.headers))
+        if passed_on := carried(unless=attempts.headers.lowered, but=self._span.headers if self._span else ()):
+            self.call = self.call._replace(headers=(*self.call.headers, *passed_on))
 
     def read(self, reply: Reply) -> Any:
         """What the reply says; raises the error that it tells of."""

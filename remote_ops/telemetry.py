@@ -13,7 +13,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +24,7 @@ from remote_ops.url import Url
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
 
-__all__ = ["Record", "SendingSpan", "call_span", "log", "note", "recorded", "tracing"]
+__all__ = ["Record", "SendingSpan", "call_span", "carried", "carry", "log", "note", "recorded", "tracing"]
 
 log = logging.getLogger("remote_ops")
 
@@ -39,11 +39,16 @@ class _Loaded:
     """What we use of OpenTelemetry: looked up once, since an import inside a function is a microsecond each time."""
 
     def __init__(self, trace: Any) -> None:
-        from opentelemetry import propagate
+        from opentelemetry import context, propagate
 
         self.trace = trace
         self.tracer: Tracer = trace.get_tracer("remote_ops", schema_url="https://opentelemetry.io/schemas/1.27.0")
         self.inject = propagate.inject
+        self._context, self._extract = context, propagate.extract
+
+    def attach(self, headers: Mapping[str, str]) -> None:
+        """Make spans of the running task children of the trace that headers, by names in lower case, tell of."""
+        self._context.attach(self._extract(headers))
 
 
 _loaded: _Loaded | None = None
@@ -96,6 +101,31 @@ def note(call: Call, attempt: int, outcome: str, began: float, reply: Reply | No
     received = 0 if reply is None else len(reply.body)
     took_s = time.monotonic() - began
     records.append(Record(call.url.text, attempt, outcome, began, took_s, sum(map(len, call.body)), received, *phases))
+
+
+_CARRIED: ContextVar[Sequence[tuple[str, str]]] = ContextVar("remote_ops_carried", default=())
+
+
+def carry(headers: Sequence[tuple[str, str]]) -> None:
+    """Let the calls of the running task, and of those that it starts, go on with what came in with a request.
+
+    Args:
+        headers: `traceparent`, `tracestate`, `X-Request-Id`, each as it came.
+
+    Where the program has loaded OpenTelemetry, its spans become children of that trace.
+    """
+    _CARRIED.set(headers)
+    if tracing():
+        _opentelemetry().attach({name.lower(): value for name, value in headers})
+
+
+def carried(*, unless: Collection[str], but: Sequence[tuple[str, str]] = ()) -> Sequence[tuple[str, str]]:
+    """The headers that a sending passes on: none that goes by a name of `unless`, in lower case, or that `but` sets."""
+    passed_on = _CARRIED.get()
+    if not passed_on:
+        return ()
+    taken = {*unless, *[name.lower() for name, _ in but]}
+    return [(name, value) for name, value in passed_on if name.lower() not in taken]
 
 
 def _path(url: Url) -> str:

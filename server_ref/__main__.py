@@ -16,9 +16,9 @@ import remote_ops
 from remote_ops import http1
 from remote_ops.errors import RemoteOpsError, SpecError
 from server_ref.access import Access, loopback_or_guarded
+from server_ref.journal import Journal, log_handler
 from server_ref.lifecycle import Listen, serve
 from server_ref.model import Version
-from server_ref.names import OneLine
 from server_ref.opening import open_version
 from server_ref.plane import ControlPlane
 from server_ref.progress import progress_on
@@ -57,12 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve what the command line and the `GP_*` variables say; a flag wins over its variable."""
     try:
         args = _parser(os.environ).parse_args(argv)
-        _log_to_stderr(logging.DEBUG if args.verbose else logging.INFO)
+        level = logging.DEBUG if args.verbose else logging.INFO
+        logging.basicConfig(level=level, handlers=[log_handler(sys.stderr, args.log_format)])
         _check_old_flags(args)
         if args.max_body_mb < 1:
             raise SpecError(f"expected 1 MiB or more, got {args.max_body_mb}", path="--max-body-mb")
         access = Access.read(args.infer_token_file, args.admin_token_file)
-        certificates = _certificates(args)
+        certificates, control = _certificates(args), _control(args)
         _check_exposure(args, access, certificates)
         models = _load_all(args)
         if args.value_inputs:
@@ -71,8 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serve(
             models, args.listen, folder=args.folder, watch_s=args.watch, device=_device(args), limits=limits,
             tls=certificates, access=access, grace_s=args.drain_grace_s, exit_timeout_s=args.exit_timeout_s,
-            control=_control(args), told=progress_on(sys.stderr), allow_changes=args.allow_model_control,
+            control=control, told=progress_on(sys.stderr), allow_changes=args.allow_model_control,
             model_urls=args.allow_model_url or (), cors_origins=args.cors_origin or (),
+            journal=Journal(requests=args.log_requests),
         )  # fmt: skip
     except (RemoteOpsError, ImportError) as error:
         print(f"server_ref: {error}", file=sys.stderr)
@@ -118,6 +120,9 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     add("--exit-timeout-s", type=float, default=30.0,
         help="then, seconds for requests in flight (default: %(default)s)")  # fmt: skip
     _add_guards(parser)
+    add("--log-requests", action="store_true", help="log a line for each request, not only for those that failed")
+    add("--log-format", choices=("text", "json"), default="",
+        help="how log lines look (default: text on a terminal, else json)")  # fmt: skip
     add("-v", "--verbose", action="store_true", help="log more")
     add("-V", "--version", action="version", version=f"remote-ops {remote_ops.__version__}")
     old = parser.add_argument_group("flags of the 2018 servers")
@@ -155,12 +160,6 @@ def _add_guards(parser: argparse.ArgumentParser) -> None:
     add("--cors-origin", action="append", metavar="ORIGIN",
         help="let pages of this origin call models from a browser; repeat, or * for all")  # fmt: skip
     add("--insecure", action="store_true", help="let other machines in without asking who calls")
-
-
-def _log_to_stderr(level: int) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(OneLine("%(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=level, handlers=[handler])
 
 
 def _number(env: Mapping[str, str], name: str) -> int | None:

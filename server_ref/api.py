@@ -188,6 +188,7 @@ class Error(_Form):
     request_id: str
     kind: str = Field(description="class of the error")
     message: str
+    version: str = Field(description="empty where none had been chosen")
 
 
 class ErrorList(_Form):

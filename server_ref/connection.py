@@ -57,8 +57,11 @@ class Host(Protocol):
     def answer(self, message: http1.Message, connection: Connection) -> Answer | None:
         """Answer a request, or start what will answer it through the connection's `finish`."""
 
-    def note(self, error: BaseException, head: http1.Head | None) -> None:
-        """Take note that a request ended in an error."""
+    def answered(self, connection: Connection, status: int, bytes_out: int) -> Sequence[tuple[str, str]]:
+        """Take note of how a request ended; gives what its answer is to say of it in headers."""
+
+    def left(self, connection: Connection) -> None:
+        """Take note that a client has gone that had asked something of a model."""
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -76,12 +79,17 @@ class Connection(asyncio.BufferedProtocol):
         self.busy = False
         self.served = False
         self.run: Run | None = None
+        # Of the request at hand: when it was complete, on the monotonic clock, its head and id, what it asked of a
+        # model, and what went wrong.
+        self.arrived_at = 0.0
+        self.head: http1.Head | None = None
+        self.request_id = ""
+        self.asked: Run | None = None
+        self.error: BaseException | None = None
         self.error_answer: Callable[[BaseException], Answer] = graphpipe_error
-        self.arrived_at = 0.0  # when the request at hand was complete, on the monotonic clock
         self.more_headers: Sequence[tuple[str, str]] = ()  # of the answer to the request at hand, whatever it says
         self._writing: asyncio.Task[None] | None = None
         self.expires_at = 0.0
-        self._head: http1.Head | None = None
         self._body_since: float | None = None
         self._writing_paused = False
         self._reading_paused = False
@@ -151,7 +159,9 @@ class Connection(asyncio.BufferedProtocol):
         while self.reader.complete and not self.busy and not self._writing_paused and not self._closing:
             message = self.reader.take()
             self.busy = self.served = True
-            self._head = message.head
+            self.head = message.head
+            self.asked = self.error = None
+            self.request_id = ""
             self._body_since = None
             self.expires_at = float("inf")
             self.error_answer = error_form(message.head)
@@ -161,7 +171,7 @@ class Connection(asyncio.BufferedProtocol):
                 self.front.admit(message.head, self)
                 answer = self.front.answer(message, self)
             except Exception as error:
-                answer = self._failed(error, message.head)
+                answer = self._failed(error)
             del message  # its buffer goes back as soon as the model is done with it
             if answer is not None:
                 self.reply(answer)
@@ -194,29 +204,25 @@ class Connection(asyncio.BufferedProtocol):
     def finish(self, outcome: Answer | BaseException) -> None:
         """Answer the request at hand with what its run ended in."""
         self.run = None
-        self.reply(self._failed(outcome, self._head) if isinstance(outcome, BaseException) else outcome)
+        self.reply(self._failed(outcome) if isinstance(outcome, BaseException) else outcome)
         self._advance()
 
-    def _failed(self, error: BaseException, head: http1.Head | None) -> Answer:
-        self.front.note(error, head)
+    def _failed(self, error: BaseException) -> Answer:
+        self.error = error
         return self.error_answer(error)
 
     def reply(self, answer: Answer) -> None:
         """Write an answer and be ready for the next request."""
-        transport, head = self.transport, self._head
+        transport, head = self.transport, self.head
         if transport is None or transport.is_closing() or head is None:
             self.busy = False
             return
         keep_alive = head.keep_alive and not self.front.draining
         size = sum(map(len, answer.body))
         body = () if head.method == "HEAD" else answer.body
-        rendered = http1.response_head(
-            answer.status,
-            size,
-            answer.content_type,
-            keep_alive=keep_alive,
-            headers=[*answer.headers, *self.more_headers],
-        )
+        told = self.front.answered(self, answer.status, size)
+        headers = [*answer.headers, *self.more_headers, *told]
+        rendered = http1.response_head(answer.status, size, answer.content_type, keep_alive=keep_alive, headers=headers)
         parts = [rendered, *body]
         if write_at_once(transport, parts):
             self._written(keep_alive)
@@ -235,7 +241,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _written(self, keep_alive: bool) -> None:
         self.busy = False
-        self._head = None
+        self.head = self.asked = self.error = None
         if not keep_alive:
             self.close()
             return
@@ -253,10 +259,11 @@ class Connection(asyncio.BufferedProtocol):
             return
         if self.reader.head is not None:
             self.error_answer = error_form(self.reader.head)
-        answer = self._failed(error, self.reader.head)
-        head = http1.response_head(
-            answer.status, sum(map(len, answer.body)), answer.content_type, keep_alive=False, headers=answer.headers
-        )
+        self.head, self.asked, self.arrived_at = self.reader.head, None, time.monotonic()
+        answer = self._failed(error)
+        size = sum(map(len, answer.body))
+        headers = [*answer.headers, *self.front.answered(self, answer.status, size)]
+        head = http1.response_head(answer.status, size, answer.content_type, keep_alive=False, headers=headers)
         self.transport.write(head + b"".join(answer.body))
         # Closing now would reset the connection while the peer still sends, and it would never see the answer.
         self._lingering = True
@@ -283,6 +290,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _cancel(self) -> None:
         if self.run is not None:
+            self.front.left(self)
             self.run.version.cancel(self.run)
             self.run = None
         if self._writing is not None:

@@ -173,7 +173,7 @@ class _Api:
         )  # fmt: skip
 
     async def get_errors(self, request: Request) -> api.ErrorList:
-        return api.errors_of(await self.there(lambda: list(self.server.front.mishaps)))
+        return api.errors_of(self.server.front.journal.errors())
 
     async def get_log_level(self, request: Request) -> api.LogLevel:
         return api.LogLevel(level=_level())

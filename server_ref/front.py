@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 from remote_ops import graphpipe, http1
 from remote_ops.buffers import BufferPool
-from remote_ops.errors import RemoteOpsError
+from remote_ops.errors import ModelNotFound, RemoteOpsError
 from remote_ops.servable import Servable
 from remote_ops.signature import Array
 from server_ref.access import Access
@@ -27,8 +27,9 @@ from server_ref.aside import Aside
 from server_ref.catalog import Catalog, Chosen
 from server_ref.compression import coding_of, inflate, inflate_little
 from server_ref.connection import Connection, Timeouts
+from server_ref.correlation import given_id, new_id, trace_headers, trace_id
 from server_ref.exchange import Entry, Exchange, ModelControl, deadline_of
-from server_ref.mishaps import Mishaps
+from server_ref.journal import Ended, Journal
 from server_ref.model import Run, Version, name_inputs
 from server_ref.names import UNKNOWN
 from server_ref.open_inference import OpenInference
@@ -41,6 +42,7 @@ _NOT_LOCAL = {"origin", "forwarded", "x-forwarded-for", "via"}
 _SHUTDOWN = "/control/shutdown"
 _ALLOW = ("Allow", "GET, POST, OPTIONS")
 _FIRST_REQUEST_S = 0.5
+_GONE = 499  # which nobody sees but the reader of a log
 
 
 class Front:
@@ -54,9 +56,11 @@ class Front:
         on_shutdown: called when a local peer asks for `/control/shutdown`; without it that is refused.
         cors_origins: whose pages may call from a browser; `*` for everybody's.
         access: who may do what; without it anybody may do anything but a shutdown from elsewhere.
+        journal: what is told of requests that end.
 
     `control` may be set to what loads and unloads models for clients of `/v2/repository`; without it that is refused.
     `index` may be set to what lists them all, also those that are not served.
+    `answers` counts answers by the hundreds of their status, `unknown` the requests that name no model or version.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Front:
         on_shutdown: Callable[[], None] | None = None,
         cors_origins: Sequence[str] = (),
         access: Access | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.catalog = Catalog(
             {name: what if isinstance(what, Version) else Version(name, [what]) for name, what in models.items()}
@@ -79,7 +84,9 @@ class Front:
         self.control: ModelControl | None = None
         self.index: Callable[[], Iterable[Entry]] | None = None
         self.access = access
-        self.mishaps = Mishaps()
+        self.journal = journal or Journal()
+        self.answers = [0] * 10
+        self.unknown = 0
         self.buffers = BufferPool()
         self.connections: set[Connection] = set()
         self.ready = False
@@ -115,7 +122,7 @@ class Front:
     @property
     def in_flight(self) -> int:
         """How many requests are being received or answered now."""
-        return sum(connection.in_request for connection in self.connections)
+        return sum(connection.in_request for connection in tuple(self.connections))
 
     def close_idle(self) -> None:
         """Close the connections that wait for nothing, as a drain does; a new one has a moment to say what it wants."""
@@ -151,11 +158,46 @@ class Front:
         if refusal is not None:
             raise refusal
 
-    def note(self, error: BaseException, head: http1.Head | None) -> None:
-        """Take note that a request ended in an error."""
-        path = unquote(head.target.partition("?")[0]) if head is not None else ""
-        request_id = head.headers.get("x-request-id", "") if head is not None else ""
-        self.mishaps.add(error, at=time.time(), model=self.label(path), request_id=request_id)
+    # what is noted
+
+    def answered(self, connection: Connection, status: int, bytes_out: int) -> Sequence[tuple[str, str]]:
+        """Count an answer, and note it where that is wanted; gives the headers that tell its client of the request."""
+        self.answers[status // 100] += 1
+        head, journal, error = connection.head, self.journal, connection.error
+        if error is None and not journal.requests and (head is None or "x-request-id" not in head.headers):
+            return ()
+        if isinstance(error, ModelNotFound) and connection.asked is None:
+            self.unknown += 1
+        headers = head.headers if head is not None else {}
+        request_id = connection.request_id or given_id(headers) or new_id()
+        if error is not None or journal.requests:
+            journal.ended(self._ended(connection, status, bytes_out, request_id))
+        return [("X-Request-Id", request_id)]
+
+    def left(self, connection: Connection) -> None:
+        """Note, where every request is noted, that a client did not wait for its answer."""
+        if self.journal.requests and connection.head is not None:
+            request_id = connection.request_id or given_id(connection.head.headers) or new_id()
+            self.journal.ended(self._ended(connection, _GONE, 0, request_id))
+
+    def _ended(self, connection: Connection, status: int, bytes_out: int, request_id: str) -> Ended:
+        head, run = connection.head, connection.asked
+        total_s, trace = time.monotonic() - connection.arrived_at, trace_id(head.headers) if head else ""
+        if run is None:
+            model = self.label(unquote(head.target.partition("?")[0])) if head else UNKNOWN
+            return Ended(model, "", status, request_id, trace, 0.0, 0.0, total_s, 0, 0, bytes_out, connection.error)
+        version = run.version
+        return Ended(
+            version.name, version.version, status, request_id, trace, run.queue_s, run.compute_s, total_s,
+            run.rows, run.payload_bytes, bytes_out, connection.error,
+        )  # fmt: skip
+
+    def _carried(self, connection: Connection) -> Sequence[tuple[str, str]]:
+        """What the servable of a run is to pass on to those that it calls: the trace, and the id, if there is one."""
+        headers = connection.head.headers if connection.head is not None else {}
+        connection.request_id = given_id(headers) or (new_id() if self.journal.requests else "")
+        told = [("X-Request-Id", connection.request_id)] if connection.request_id else []
+        return [*trace_headers(headers), *told]
 
     def label(self, path: str) -> str:
         """The model that a path names, whatever the protocol; one label for all that name none of ours."""
@@ -209,8 +251,11 @@ class Front:
 
         A version in `copy_to` gets the same request, and nobody gets its answer.
         """
+        connection.asked = run
         if copy_to is not None:
             mirror(run, copy_to)
+        if run.version.calls_others:
+            run.carried = self._carried(connection)
         answer = run.version.begin(run)
         if answer is None:
             connection.run = run

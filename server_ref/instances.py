@@ -55,6 +55,7 @@ class Request(Pending):
         self.priority = priority
         self.payload_bytes = sum(array.nbytes for array in call.arrays.values())
         self.rows = rows_of(call.arrays) or 1
+        self.queue_s = self.compute_s = 0.0  # known once it has run
 
 
 class Instances:
@@ -260,6 +261,8 @@ class Instances:
         computed_s = time.perf_counter() - began
         settled = [request.settle(outcome) for request, outcome in zip(batch, outcomes, strict=True)]
         if ready:
+            for index in ready:
+                batch[index].queue_s, batch[index].compute_s = started_at - batch[index].arrived_at, infer_s
             self.recent_infer_s = max(infer_s, min(0.9 * self.recent_infer_s, 1.0))
             self.stats.ran(
                 sum(batch[index].rows for index in ready),

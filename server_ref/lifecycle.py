@@ -30,6 +30,7 @@ from server_ref.access import Access
 from server_ref.connection import Timeouts
 from server_ref.front import Front
 from server_ref.graphs import watched
+from server_ref.journal import Journal
 from server_ref.model import Version
 from server_ref.plane import ControlPlane
 from server_ref.repository import Repository, Told
@@ -86,6 +87,7 @@ class Server:
         watch_s: seconds between two looks at the folder; 0: it is looked at once.
         device: where models of the folder run, unless their settings say.
         told: is told how far loading is.
+        journal: what is told of requests that end.
         tls: makes it https; `Certificates` are read again by `reload`, a context is what it is.
         limits, timeouts, access, cors_origins: as in `front`.
         allow_changes: whether clients of the data plane may load and unload models too.
@@ -111,6 +113,7 @@ class Server:
         watch_s: float = 0.0,
         device: str = "auto",
         told: Told | None = None,
+        journal: Journal | None = None,
     ) -> None:
         if isinstance(models, str | os.PathLike):
             folder, models = models, {}
@@ -131,8 +134,9 @@ class Server:
             models = {name: what if isinstance(what, Version) else watched(what) for name, what in models.items()}
         self.control = control
         self.front = Front(
-            models, limits=limits, timeouts=timeouts, on_shutdown=on_shutdown, access=access, cors_origins=cors_origins
-        )
+            models, limits=limits, timeouts=timeouts, on_shutdown=on_shutdown, access=access,
+            cors_origins=cors_origins, journal=journal,
+        )  # fmt: skip
         self.repository = Repository(
             self.front.catalog, told=told, fetched=_fetching(model_urls) if model_urls else None
         )

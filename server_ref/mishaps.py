@@ -18,13 +18,17 @@ _KEPT = 50
 
 
 class Mishap(NamedTuple):
-    """One request that went wrong: when (seconds since 1970), of which model, and the class and words of its error."""
+    """One request that went wrong: when (seconds since 1970), of which model, and the class and words of its error.
+
+    `version` is that of the model, where one had been chosen.
+    """
 
     at: float
     model: str
     request_id: str
     kind: str
     message: str
+    version: str = ""
 
 
 class Mishaps:
@@ -33,9 +37,11 @@ class Mishaps:
     def __init__(self, most: int = _KEPT) -> None:
         self._kept: deque[Mishap] = deque(maxlen=most)
 
-    def add(self, error: BaseException, *, at: float, model: str, request_id: str = "") -> None:
-        """Take note of one; costs some 5 us."""
-        self._kept.append(Mishap(at, model, one_line(request_id, 64), type(error).__name__, told_of(error)))
+    def add(self, error: BaseException, *, at: float, model: str, request_id: str = "", version: str = "") -> Mishap:
+        """Take note of one, and give it as it is told; costs some 5 us."""
+        told = Mishap(at, model, one_line(request_id, 64), type(error).__name__, told_of(error), version)
+        self._kept.append(told)
+        return told
 
     def __iter__(self) -> Iterator[Mishap]:
         """The latest first."""

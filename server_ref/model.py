@@ -32,6 +32,7 @@ from remote_ops.errors import (
 )
 from remote_ops.servable import Servable
 from remote_ops.signature import DTYPES, Signature, TensorSpec
+from remote_ops.telemetry import carry
 from server_ref.answer import Answer
 from server_ref.batching import Batching
 from server_ref.cache import CacheStats
@@ -204,12 +205,14 @@ class Version:
         assert self.ainfer is not None
         call, began = run.call, time.perf_counter()
         outcome: Any
+        if run.carried:
+            carry(run.carried)
         try:
             run.deadline.require(f"model '{self.name}'")
             outcome = await self.ainfer(call.arrays, call.names, config=call.config, deadline=run.deadline)
         except BaseException as error:
             outcome = error
-        infer_s = time.perf_counter() - began
+        run.compute_s = infer_s = time.perf_counter() - began
         aside = run.slow_write and not isinstance(outcome, BaseException)
         settled = await asyncio.to_thread(run.settle, outcome) if aside else run.settle(outcome)
         if not self._threads:
@@ -283,6 +286,7 @@ class Run(Request):
         self.slow_write = slow_write
         self.ended = False
         self.task: asyncio.Task[None] | None = None
+        self.carried: Sequence[tuple[str, str]] = ()  # headers of its own that an awaited servable passes on
         self._write = write
 
     def _settled(self, outcome: Any) -> Any:

@@ -58,19 +58,19 @@ ROOMS = {
         ("__main__",),
     ),
     "server_ref": (
-        ("access", "devices", "graphs", "names", "tls"),
+        ("access", "correlation", "devices", "graphs", "names", "tls"),
         ("mishaps",),
         ("aside", "answer", "batching", "isolation", "json_text", "settings", "sources", "stacking", "stats"),
         ("compression", "folder", "lanes", "origins", "routing", "rowstore", "rowvalues", "source"),
         ("rowdisk", "rowkeys"),
-        ("cache", "instances"),
+        ("cache", "instances", "journal"),
         ("model",),
         ("catalog", "connection", "opening"),
         ("exchange", "repository"),
         ("predict", "triton_json"),
         ("open_inference",),
         ("api", "front", "gate"),
-        ("control", "progress", "watch"),
+        ("control", "metrics", "progress", "watch"),
         ("page", "tryit"),
         ("plane",),
         ("lifecycle",),
@@ -113,6 +113,8 @@ OWNERS = {
     ),
     "PIL": ("ensemble/ready/image.py", "ensemble/feeds.py"),
     "tokenizers": ("ensemble/ready/tokens.py",),
+    "prometheus_client": ("server_ref/metrics.py",),
+    "pynvml": ("server_ref/devices.py",),
 }
 
 # Rooms without I/O; and without a clock: policy, and all that decides what a graph is and does.

@@ -276,6 +276,19 @@ def test_a_gradient_is_in_the_trace_of_its_forward_pass(spans: Spans) -> None:
     assert {span.context.trace_id for span in calls} == {step.get_span_context().trace_id}
 
 
+def test_the_calls_of_a_served_model_are_in_the_trace_of_its_request(spans: Spans) -> None:
+    with calling(doubling) as (behind, heard), server_ref.running({"m": behind}) as url:
+        with Endpoint(url) as endpoint, spans.tracer.start_as_current_span("step") as step:
+            endpoint(ONES)
+        assert until(lambda: len(spans.named("infer")) == 2)
+    outer, inner = spans.named("infer")
+    (sent,) = [span for span in spans.named("POST") if span.parent and parent_of(span) == outer.context.span_id]
+    (passed_on,) = [span for span in spans.named("POST") if header_of(span) == heard.headers[0]["traceparent"]]
+    assert parent_of(outer) == step.get_span_context().span_id
+    assert parent_of(inner) == sent.context.span_id
+    assert parent_of(passed_on) == inner.context.span_id
+
+
 def test_no_secret_tensor_or_word_of_a_server_is_in_a_span(spans: Spans) -> None:
     with calling(refusing, headers={"Authorization": "Bearer s3cr3t"}) as (endpoint, _):
         there = Endpoint(f"{endpoint.url}?token=s3cr3t", headers={"Authorization": "Bearer s3cr3t"}, retry=QUICK)
