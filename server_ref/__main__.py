@@ -159,6 +159,8 @@ def _add_guards(parser: argparse.ArgumentParser) -> None:
         help="with it: load model files from URLs that begin so, by their SHA-256; repeat")  # fmt: skip
     add("--cors-origin", action="append", metavar="ORIGIN",
         help="let pages of this origin call models from a browser; repeat, or * for all")  # fmt: skip
+    add("--metrics-compat", action="append", choices=("triton", "torchserve"),
+        help="whose names /metrics of the control plane has besides ours; repeat for both")  # fmt: skip
     add("--insecure", action="store_true", help="let other machines in without asking who calls")
 
 
@@ -196,8 +198,10 @@ def _control(args: argparse.Namespace) -> ControlPlane | None:
     if args.control is None:
         if args.allow_model_control:
             raise SpecError("expected --control HOST:PORT with it", path="--allow-model-control")
+        if args.metrics_compat:
+            raise SpecError("expected --control HOST:PORT with it", path="--metrics-compat")
         return None
-    return ControlPlane(args.control, allow_changes=args.allow_model_control)
+    return ControlPlane(args.control, allow_changes=args.allow_model_control, metrics_compat=args.metrics_compat or ())
 
 
 def _check_exposure(args: argparse.Namespace, access: Access | None, certificates: Certificates | None) -> None:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.routing import BaseRoute
 
+    from server_ref.repository import Repository
+
 __all__ = ["Controlled", "ModelControl", "control_app"]
 
 T = TypeVar("T")
@@ -83,6 +85,7 @@ class Controlled(Protocol):
     """What the control plane needs of the server that it looks after."""
 
     front: Front
+    repository: Repository
     url: str
 
 

@@ -29,6 +29,7 @@ class ControlPlane:
         listen: `host:port`; port 0 is any free one. Beyond the loopback address only with a token of class `admin`.
         allow_changes: whether it may change anything.
         models: what changes models; unless given, the server's own repository.
+        metrics_compat: whose names `/metrics` has besides ours; see `Metrics`.
         extra_routes: of Starlette, in addition; one at `/` is there in place of the page.
 
     `url` is known once the server has started.
@@ -40,11 +41,13 @@ class ControlPlane:
         *,
         allow_changes: bool = False,
         models: ModelControl | None = None,
+        metrics_compat: Sequence[str] = (),
         extra_routes: Sequence[BaseRoute] = (),
     ) -> None:
         self.listen = listen
         self.models = models
         self.allow_changes = allow_changes
+        self.metrics_compat = tuple(metrics_compat)
         self.extra_routes = tuple(extra_routes)
         self.url = ""
         self._server: uvicorn.Server | None = None
@@ -83,16 +86,20 @@ class ControlPlane:
             import uvicorn
 
             from server_ref.control import control_app
+            from server_ref.metrics import metrics_routes
             from server_ref.page import page_routes
             from server_ref.tryit import tryit_routes
 
-            routes = (*self.extra_routes, *page_routes(server), *tryit_routes(server))
+            metrics = metrics_routes(server, self.metrics_compat)
+            routes = (*self.extra_routes, *metrics, *page_routes(server), *tryit_routes(server))
             app = control_app(
                 server, models=self.models or models, allow_changes=self.allow_changes, loopback=loopback,
                 extra_routes=routes, url=lambda: self.url,
             )  # fmt: skip
         except ImportError as error:
-            raise ImportError("the control plane needs starlette: pip install 'remote-ops[server]'") from error
+            raise ImportError(
+                "the control plane needs starlette and prometheus_client: pip install 'remote-ops[server]'"
+            ) from error
         listener = _bound(host, port)
         where = f"[{host}]" if ":" in host else "127.0.0.1" if host in ("", "0.0.0.0") else host
         self.url = f"{'https' if tls else 'http'}://{where}:{listener.getsockname()[1]}/"
