@@ -160,7 +160,6 @@ class Connection(asyncio.BufferedProtocol):
             message = self.reader.take()
             self.busy = self.served = True
             self.head = message.head
-            self.asked = self.error = None
             self.request_id = ""
             self._body_since = None
             self.expires_at = float("inf")
@@ -216,11 +215,13 @@ class Connection(asyncio.BufferedProtocol):
         transport, head = self.transport, self.head
         if transport is None or transport.is_closing() or head is None:
             self.busy = False
+            self.asked = self.error = None
             return
         keep_alive = head.keep_alive and not self.front.draining
         size = sum(map(len, answer.body))
         body = () if head.method == "HEAD" else answer.body
         told = self.front.answered(self, answer.status, size)
+        self.asked = self.error = None  # what they hold may be large, and the answer long in the reading
         headers = [*answer.headers, *self.more_headers, *told]
         rendered = http1.response_head(answer.status, size, answer.content_type, keep_alive=keep_alive, headers=headers)
         parts = [rendered, *body]
@@ -241,7 +242,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _written(self, keep_alive: bool) -> None:
         self.busy = False
-        self.head = self.asked = self.error = None
+        self.head = None
         if not keep_alive:
             self.close()
             return
@@ -263,6 +264,7 @@ class Connection(asyncio.BufferedProtocol):
         answer = self._failed(error)
         size = sum(map(len, answer.body))
         headers = [*answer.headers, *self.front.answered(self, answer.status, size)]
+        self.error = None
         head = http1.response_head(answer.status, size, answer.content_type, keep_alive=False, headers=headers)
         self.transport.write(head + b"".join(answer.body))
         # Closing now would reset the connection while the peer still sends, and it would never see the answer.
@@ -292,7 +294,7 @@ class Connection(asyncio.BufferedProtocol):
         if self.run is not None:
             self.front.left(self)
             self.run.version.cancel(self.run)
-            self.run = None
+            self.run = self.asked = None
         if self._writing is not None:
             self._writing.cancel()
             self._writing = None
