@@ -208,7 +208,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def _failed(self, error: BaseException) -> Answer:
         self.error = error
-        return self.error_answer(error)
+        answer = self.error_answer(error)
+        _let_go(error)
+        return answer
 
     def reply(self, answer: Answer) -> None:
         """Write an answer and be ready for the next request."""
@@ -302,3 +304,11 @@ class Connection(asyncio.BufferedProtocol):
 
     def _expire_after(self, seconds: float) -> None:
         self.expires_at = self.front.loop.time() + seconds
+
+
+def _let_go(error: BaseException) -> None:
+    """Let go of what the frames of an error hold: they and it refer to each other until garbage is collected."""
+    seen: BaseException | None = error
+    while seen is not None:
+        seen.__traceback__ = None
+        seen = seen.__cause__ or seen.__context__

@@ -34,8 +34,7 @@ Deliver: TypeAlias = "Callable[[list[Request], list[Any]], None]"
 class Request(Pending):
     """One checked call on its way through the queue.
 
-    `settle` makes of the outputs, or of what went wrong, what the caller gets: on the instance's thread, so that
-    writing an answer costs the loop nothing. `done` is called with that, where `deliver` says, unless it is cancelled.
+    `done` is called with what `settle` gives, where `deliver` says, unless it is cancelled.
     """
 
     def __init__(
@@ -43,19 +42,21 @@ class Request(Pending):
         call: Call,
         deadline: Deadline,
         *,
-        settle: Callable[[Any], Any],
         done: Callable[[Any], None],
         priority: int = 0,
     ) -> None:
         self.call = call
         self.deadline = deadline
         self.due_at = deadline.at
-        self.settle = settle
         self.done = done
         self.priority = priority
         self.payload_bytes = sum(array.nbytes for array in call.arrays.values())
         self.rows = rows_of(call.arrays) or 1
         self.queue_s = self.compute_s = 0.0  # known once it has run
+
+    def settle(self, outcome: Any) -> Any:
+        """What its caller gets of the outputs, or of what went wrong; on the instance's thread, where time is cheap."""
+        return outcome
 
 
 class Instances:
@@ -229,7 +230,7 @@ class Instances:
                 succeed(outcome)
 
         call = Call(arrays, [spec.name for spec in wanted], config)
-        request = Request(call, deadline or Deadline.never(), settle=lambda outcome: outcome, done=done)
+        request = Request(call, deadline or Deadline.never(), done=done)
         self.submit(request, wanted)
         return request
 

@@ -280,7 +280,7 @@ class Run(Request):
         slow_write: bool = False,
     ) -> None:
         call = Call(arrays, [spec.name for spec in wanted], config)
-        super().__init__(call, deadline, settle=self._settled, done=done, priority=priority)
+        super().__init__(call, deadline, done=done, priority=priority)
         self.version = version
         self.wanted = wanted
         self.slow_write = slow_write
@@ -289,7 +289,7 @@ class Run(Request):
         self.carried: Sequence[tuple[str, str]] = ()  # headers of its own that an awaited servable passes on
         self._write = write
 
-    def _settled(self, outcome: Any) -> Any:
+    def settle(self, outcome: Any) -> Any:
         """The answer, or what went wrong; whatever a model gives or raises, its thread and its caller go on."""
         if isinstance(outcome, BaseException):
             return self.version.blamed(outcome)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import http.client
 import json
+import logging
 import re
 import resource
 import shutil
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1308,6 +1311,30 @@ def test_a_plain_loop_survives_clients_that_vanish_or_do_not_read(plain: str, ca
     with Raw(plain) as raw:
         assert only_tensor(raw.send(zeros(3)).read()).tolist() == [0, 0, 0]
     assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_request_held_is_let_go_with_its_answer_and_waits_for_no_garbage_collector(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("server_ref"), "disabled", True)  # pytest keeps its records
+    seen: list[weakref.ref[Array]] = []
+
+    def run(x: Array) -> Array:
+        seen.append(weakref.ref(x))
+        if fails:
+            raise ValueError("no")
+        return 2 * x
+
+    gc.disable()
+    try:
+        with server_ref.running({"m": FunctionServable(run, [X], [Y])}) as url, Raw(url) as raw:
+            for _ in range(3):
+                assert raw.post().read().status == (500 if fails else 200)
+            assert until(lambda: all(ref() is None for ref in seen))
+            assert len(seen) == 3
+    finally:
+        gc.enable()
 
 
 def test_clients_that_vanish_give_their_places_in_the_queue_to_others() -> None:

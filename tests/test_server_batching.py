@@ -478,7 +478,7 @@ def test_whatever_the_rules_every_caller_gets_its_own_rows(
         wanted = model.signature.outputs
         for index, (array, (*_, config), answer) in enumerate(zip(arrays, asked, answers, strict=True)):
             request = Request(
-                Call({"x": array}, ["y"], config), Deadline.never(), settle=lambda outcome: outcome,
+                Call({"x": array}, ["y"], config), Deadline.never(),
                 done=answer.set_result, priority=index % 3,
             )  # fmt: skip
             instances.submit(request, wanted)
@@ -504,7 +504,7 @@ def test_a_later_request_of_the_first_level_overtakes() -> None:
 
 def submit(instances: Instances, array: Array, *, done: Any, priority: int = 0, deadline: Any = None) -> Request:
     request = Request(
-        Call({"x": array}, ["y"]), deadline or Deadline.never(), settle=lambda outcome: outcome, done=done,
+        Call({"x": array}, ["y"]), deadline or Deadline.never(), done=done,
         priority=priority,
     )  # fmt: skip
     instances.submit(request, instances.signature.outputs)

@@ -71,6 +71,7 @@ R12 here::test_r12_empty_lines_do_not_keep_a_connection
 R19 here::test_r9_r19_a_server_says_ready_once_it_is_warm_and_never_answers_otherwise
 R19 test_server_oip::test_r19_a_draining_server_is_live_and_not_ready_and_neither_are_its_models
 R19 test_server_oip::test_r19_a_model_that_was_removed_is_not_ready
+R20 test_server_metrics::test_r20_numbers_add_up_after_successes_rejections_cancels_timeouts_and_errors
 R20 test_server_oip::test_r20_statistics_add_up
 R20 test_server_oip::test_r20_statistics_tell_what_the_cache_answered
 S4  here::test_s4_what_is_over_a_cap_is_refused_in_little_memory
@@ -99,6 +100,7 @@ S12 test_server_tls::test_s12_old_versions_of_tls_are_refused
 S12 test_server_tls::test_s12_our_client_wants_the_name_of_the_host_in_the_certificate
 S12 test_server_tls::test_s12_with_an_authority_of_clients_only_its_clients_get_in
 S13 test_server_access::test_s13_a_name_cannot_end_a_line
+S14 test_server_metrics::test_s14_requests_for_models_that_are_not_there_have_one_label
 S14 test_server_access::test_s14_names_that_are_unknown_share_one_label
 S15 test_server_oip::test_s15_no_page_of_another_site_may_read_an_answer_unless_said
 S16 here::test_s16_it_serves_without_a_home_from_a_folder_that_nobody_can_write_to
@@ -347,7 +349,7 @@ def test_r8_twenty_reloads_and_a_corrupt_one_under_load_fail_nothing_and_are_tol
             assert until(lambda: factor_at(f"{base}other") == 6, 20)
             assert (status(base), factor_at(url)) == (200, 21)
         assert server.said.count("was not loaded") == 1, server.said
-        assert server.said.count("ERROR") == 1
+        assert server.said.count('"level": "error"') == 1
         write_model(path, 22)
         assert until(lambda: factor_at(url) == 22, 20)
         server.signal(signal.SIGTERM)
