@@ -549,6 +549,21 @@ def test_a_folder_of_models_is_unloaded_loaded_and_scaled(tmp_path: Path) -> Non
         np.testing.assert_array_equal(Endpoint(url)(ONES), 2 * ONES)
 
 
+def test_a_model_from_the_web_is_loaded_only_from_where_the_operator_allows_and_by_its_digest(tmp_path: Path) -> None:
+    onnx_model(tmp_path / "double" / "1" / "model.onnx")
+    wanted = {"url": "https://models.example/far.onnx", "sha256": "0" * 64}
+    plane = ControlPlane("127.0.0.1:0", allow_changes=True)
+    with server_ref.running(tmp_path, control=plane):
+        refused = ask(plane.url, "POST", "/api/models/far/load", wanted)
+        assert (refused.status, "--allow-model-url" in refused.json["error"]) == (400, True)
+    plane = ControlPlane("127.0.0.1:0", allow_changes=True)
+    with server_ref.running(tmp_path, control=plane, model_urls=["https://other.example/"]):
+        refused = ask(plane.url, "POST", "/api/models/far/load", wanted)
+        assert (refused.status, "not on the list of model URLs" in refused.json["error"]) == (400, True)
+        refused = ask(plane.url, "POST", "/api/models/far/load", {"url": wanted["url"]})
+        assert (refused.status, "digest" in refused.json["error"]) == (400, True)
+
+
 @pytest.fixture
 def levels() -> Iterator[None]:
     """Log levels are put back."""
