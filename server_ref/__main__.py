@@ -22,6 +22,7 @@ from server_ref.model import Version
 from server_ref.opening import open_version
 from server_ref.plane import ControlPlane
 from server_ref.progress import progress_on
+from server_ref.repository import Entry
 from server_ref.settings import Batching, Cache, Instances, ModelSettings, read_settings
 from server_ref.source import Source
 from server_ref.tls import Certificates
@@ -225,8 +226,16 @@ def _load_all(args: argparse.Namespace) -> dict[str, Version]:
         if source.name in models:
             hint = f"name them, as in --model {source.name}2={what}"
             raise SpecError(f"two models are called '{source.name}': {hint}", path="--model")
-        models[source.name] = open_version(source)
+        models[source.name] = _open(source)
     return models
+
+
+def _open(source: Source) -> Version:
+    """Open a model of `--model`, with a bar on a terminal; elsewhere the line of where it is served says enough."""
+    if not sys.stderr.isatty():
+        return open_version(source)
+    told, entry = progress_on(sys.stderr), Entry(source)
+    return open_version(source, lambda step, done, of: told(entry, step, done, of))
 
 
 def _source(what: str, args: argparse.Namespace, settings: ModelSettings) -> Source:
