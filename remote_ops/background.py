@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
+import math
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -16,9 +19,10 @@ from typing import Any, TypeVar
 from remote_ops.connection import new_loop
 from remote_ops.errors import SpecError
 
-__all__ = ["Background", "background_loop", "on_background_loop", "result_of"]
+__all__ = ["Background", "background_loop", "on_background_loop", "result_of", "settled"]
 
 _T = TypeVar("_T")
+_PIECE_S = 1.0
 
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
@@ -113,9 +117,21 @@ def result_of(future: concurrent.futures.Future[_T]) -> _T:
                 "this waits on the loop that has to do the work, and would for ever: call it from a thread "
                 "('run_in: thread' of a python node), or await it"
             )
-        return future.result()
+        return settled(future).result()
     finally:
         future.cancel()  # Ctrl-C ends the wait
+
+
+def settled(future: concurrent.futures.Future[_T], timeout_s: float = math.inf) -> concurrent.futures.Future[_T]:
+    """Wait for a future, as long as it takes or may take, and give it.
+
+    It waits in pieces: a signal that comes just before a wait begins is noticed only at its end.
+    """
+    until = time.monotonic() + timeout_s
+    while not future.done() and (left_s := until - time.monotonic()) > 0:
+        with contextlib.suppress(concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
+            future.exception(min(left_s, _PIECE_S))
+    return future
 
 
 def _after_fork() -> None:

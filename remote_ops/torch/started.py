@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from remote_ops.background import background_loop
+from remote_ops.background import background_loop, settled
 from remote_ops.deadline import Deadline, ambient
 from remote_ops.errors import DeadlineExceeded, SpecError
 
@@ -78,8 +78,7 @@ def take(number: int) -> tuple[Any, str]:
         )
     bound = ambient() or Deadline.never()
     try:
-        left_s = None if bound.at == math.inf else max(0.0, bound.remaining())
-        return call.future.result(left_s), call.at
+        return settled(call.future, bound.remaining()).result(0), call.at
     except concurrent.futures.CancelledError as error:
         raise DeadlineExceeded(f"the call of {call.at} was given up before its answer came") from error
     except concurrent.futures.TimeoutError as error:

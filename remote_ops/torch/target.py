@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from remote_ops.background import background_loop
+from remote_ops.background import background_loop, settled
 from remote_ops.client import Endpoint
 from remote_ops.deadline import Deadline, ambient
 from remote_ops.errors import NotDifferentiable, SignatureError, SpecError
@@ -123,7 +123,7 @@ class Target:
         if self.max_rows is not None and self._is_too_large(spec, arrays):
             future = self.submit(spec, arrays, names)
             try:
-                return future.result()
+                return settled(future).result()
             finally:
                 future.cancel()  # the wait may have been interrupted
         return self._run_here(arrays, names)
