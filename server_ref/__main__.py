@@ -17,7 +17,8 @@ from remote_ops import http1
 from remote_ops.errors import RemoteOpsError, SpecError
 from server_ref.access import Access, loopback_or_guarded
 from server_ref.journal import Journal, log_handler
-from server_ref.lifecycle import Listen, serve
+from server_ref.lifecycle import serve
+from server_ref.listen import Listen
 from server_ref.model import Version
 from server_ref.opening import open_version
 from server_ref.plane import ControlPlane

@@ -8,16 +8,13 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import errno
 import os
 import signal
 import socket
 import ssl
-import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import quote
@@ -31,6 +28,7 @@ from server_ref.connection import Timeouts
 from server_ref.front import Front
 from server_ref.graphs import watched
 from server_ref.journal import Journal
+from server_ref.listen import Listen, remove_stale
 from server_ref.model import Version
 from server_ref.plane import ControlPlane
 from server_ref.repository import Repository, Told
@@ -46,35 +44,6 @@ _BACKLOG = 1024
 _RESERVED = ("", "control", "v1", "v2")  # what paths begin with that name no model
 
 Models: TypeAlias = "Mapping[str, Servable | Version] | str | os.PathLike[str]"
-
-
-@dataclass(frozen=True)
-class Listen:
-    """Where to listen: a host and a port (0: any free one), or the path of a unix socket."""
-
-    host: str = "127.0.0.1"
-    port: int = 0
-    unix_path: str = ""
-
-    @classmethod
-    def parse(cls, text: str) -> Listen:
-        """Read `host:port`, `[::1]:port`, `:port` (every address) or `unix:/path.sock`.
-
-        Raises:
-            SpecError: no such form.
-        """
-        if text.startswith("unix:"):
-            return cls(unix_path=text.removeprefix("unix:").removeprefix("//"))
-        host, colon, port = text.rpartition(":")
-        if not colon or not port.isdigit() or int(port) > 65535:
-            hint = f"; did you mean 127.0.0.1:{text}?" if text.isdigit() else ""
-            raise SpecError(f"expected host:port or unix:/path.sock, got {text!r}{hint}", path="listen")
-        return cls(host.strip("[]"), int(port))
-
-    @property
-    def loopback(self) -> bool:
-        """Whether only this machine can reach it."""
-        return bool(self.unix_path) or self.host in ("localhost", "::1") or self.host.startswith("127.")
 
 
 class Server:
@@ -165,7 +134,7 @@ class Server:
             # Who does not finish a handshake holds a connection as much as who does not finish a request.
             handshake_s = self.front.timeouts.head_s if self._tls else None
             if where.unix_path:
-                _remove_stale(where.unix_path)
+                remove_stale(where.unix_path)
                 self._listener = await loop.create_unix_server(
                     self.front.connection, where.unix_path, ssl=self._tls, backlog=_BACKLOG
                 )
@@ -302,22 +271,6 @@ def _fetching(model_urls: Sequence[str]) -> Callable[[str, str], Path]:
     from server_ref.sources import Sources
 
     return Sources(model_urls).fetch
-
-
-def _remove_stale(path: str) -> None:
-    """Remove a socket that nobody listens on any more; a live one, or another file, stays and is reported."""
-    try:
-        # Connecting to any other file is refused as well, and the loop would replace a live socket unasked.
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.connect(path)
-    except FileNotFoundError:
-        return
-    except ConnectionRefusedError:
-        os.unlink(path)
-        return
-    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
 @contextlib.contextmanager

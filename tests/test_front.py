@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import numpy.typing as npt
 import pytest
+from rawfront import front_of
 from rawpeer import WAIT_S, Conversation, Message, peer, read_head, read_message, serving, until
 
 import server_ref
@@ -267,30 +268,9 @@ def test_c29_shutdown_is_refused_where_nobody_can_stop_the_server(url: str) -> N
 
 @contextlib.contextmanager
 def front_on_a_loop(model: Servable | None = None, **options: Any) -> Iterator[tuple[str, Front]]:
-    """A front by itself, on a loop of the standard library, so that a test may say what a shutdown does."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    front = Front({"double": model or doubling()}, **options)
-
-    async def start() -> asyncio.AbstractServer:
-        front.start(loop)
-        return await loop.create_server(front.connection, "127.0.0.1", 0)
-
-    async def stop() -> None:
-        listener.close()
-        front.stop()
-        for _ in range(5):
-            await asyncio.sleep(0)
-
-    listener = asyncio.run_coroutine_threadsafe(start(), loop).result(WAIT_S)
-    try:
-        yield f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/", front
-    finally:
-        asyncio.run_coroutine_threadsafe(stop(), loop).result(WAIT_S)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(WAIT_S)
-        loop.close()
+    """A front by itself, so that a test may say what a shutdown does."""
+    with front_of({"double": model or doubling()}, **options) as found:
+        yield found
 
 
 def test_c29_shutdown_wants_a_local_post_without_an_origin() -> None:

@@ -58,7 +58,7 @@ ROOMS = {
         ("__main__",),
     ),
     "server_ref": (
-        ("access", "correlation", "devices", "graphs", "names", "tls"),
+        ("access", "correlation", "devices", "graphs", "listen", "names", "tls"),
         ("mishaps",),
         ("aside", "answer", "batching", "isolation", "json_text", "settings", "sources", "stacking", "stats"),
         ("compression", "folder", "lanes", "origins", "routing", "rowstore", "rowvalues", "source"),

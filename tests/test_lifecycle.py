@@ -28,6 +28,7 @@ import server_ref
 from remote_ops import TLS, Endpoint, FunctionServable, Retry, SpecError, TensorSpec, graphpipe
 from remote_ops.errors import ConnectError, RemoteOpsError
 from server_ref.__main__ import main
+from server_ref.listen import Listen
 
 ROOT = Path(__file__).parents[1]
 X = TensorSpec("x", "float32", (-1, 2))
@@ -55,6 +56,18 @@ def triple():
 
 def doubling() -> FunctionServable:
     return FunctionServable(lambda x: 2 * x, [X], [Y])
+
+
+@pytest.mark.parametrize(
+    ("text", "loopback"),
+    [
+        ("127.0.0.1:9000", True), ("127.8.0.1:9000", True), ("localhost:9000", True), ("[::1]:9000", True),
+        ("unix:/run/m.sock", True), (":9000", False), ("0.0.0.0:9000", False), ("[::]:9000", False),
+        ("10.0.0.5:9000", False), ("127.example.com:9000", False), ("gpu1:9000", False),
+    ],
+)  # fmt: skip
+def test_only_addresses_that_other_machines_cannot_reach_count_as_loopback(text: str, loopback: bool) -> None:
+    assert Listen.parse(text).loopback is loopback
 
 
 # --------------------------------------------------------------------------- running, in this process
