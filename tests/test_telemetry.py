@@ -27,7 +27,7 @@ X, Y = TensorSpec("x", "float32", (-1, 2)), TensorSpec("y", "float32", (-1, 2))
 SIGNATURE = Signature((X,), (Y,), name="m")
 ONES = np.ones((3, 2), np.float32)
 QUICK = Retry(base_s=0.001)
-WORDS = "the row of Jane Doe, 4711"
+WORDS = "the row of Jane Doe, account-no-4711"
 Answer = Callable[[Conversation, Message], None]
 
 
@@ -296,7 +296,7 @@ def test_no_secret_tensor_or_word_of_a_server_is_in_a_span(spans: Spans) -> None
             there(ONES)
     told = "".join(span.to_json() for span in spans.all)
     assert "ModelUnavailable" in told
-    for secret in ("s3cr3t", "Jane", "4711"):
+    for secret in ("s3cr3t", "Jane", "account-no-4711"):
         assert secret not in told
 
 
@@ -393,7 +393,7 @@ def test_no_secret_tensor_or_word_of_a_server_is_in_the_log(log: pytest.LogCaptu
                 there(ONES)
     told = "\n".join(lines(log, logging.DEBUG))
     assert told.count("ModelUnavailable") == 5
-    for secret in ("s3cr3t", "Jane", "4711"):
+    for secret in ("s3cr3t", "Jane", "account-no-4711"):
         assert secret not in told
 
 
