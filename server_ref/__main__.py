@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -220,6 +221,7 @@ def _load_all(args: argparse.Namespace) -> dict[str, Version]:
     if not whats and not args.folder:
         raise SpecError("no model: expected a FOLDER, --model WHAT, or GP_MODEL", path="--model")
     _check_options(whats, args)
+    _check_folder_flags(whats, args)
     settings = _settings(args)
     models: dict[str, Version] = {}
     for what in whats:
@@ -229,6 +231,21 @@ def _load_all(args: argparse.Namespace) -> dict[str, Version]:
             raise SpecError(f"two models are called '{source.name}': {hint}", path="--model")
         models[source.name] = _open(source)
     return models
+
+
+def _check_folder_flags(whats: Sequence[str], args: argparse.Namespace) -> None:
+    """Raise rather than ignore a flag that is only for a folder, or only for what is no folder."""
+    if args.watch and not args.folder:
+        raise SpecError("expected a FOLDER with it: what --model names is opened once", path="--watch")
+    if not 0 <= args.watch < math.inf:
+        raise SpecError(f"expected 0 seconds or more, got {args.watch:g}", path="--watch")
+    for flag in ("settings", "instances", "max_rows", "max_delay_ms", "isolate", "threads", "profile"):
+        if getattr(args, flag) and not whats:
+            raise SpecError("is for models of --model: those of a folder say it in a model.yaml", path=_flag(flag))
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _open(source: Source) -> Version:
@@ -260,13 +277,17 @@ def _settings(args: argparse.Namespace) -> ModelSettings:
         raise SpecError(
             "expected --max-rows with it: without, every request is served by itself", path="--max-delay-ms"
         )
-    try:
-        if args.instances is not None:
-            said["instances"] = Instances(count=args.instances)
-        if args.max_rows is not None:
-            said["batching"] = Batching(max_rows=args.max_rows, max_delay_ms=args.max_delay_ms or 0.0)
-    except ValueError as error:
-        raise SpecError(str(error), path="--instances, --max-rows, --max-delay-ms") from error
+    for flag, value, least, most in (
+        ("--instances", args.instances, 1, 64),
+        ("--max-rows", args.max_rows, 1, 65_536),
+        ("--max-delay-ms", args.max_delay_ms, 0, 60_000),
+    ):
+        if value is not None and not least <= value <= most:
+            raise SpecError(f"expected {least} to {most}, got {value}", path=flag)
+    if args.instances is not None:
+        said["instances"] = Instances(count=args.instances)
+    if args.max_rows is not None:
+        said["batching"] = Batching(max_rows=args.max_rows, max_delay_ms=args.max_delay_ms or 0.0)
     if args.isolate:
         said["isolate"] = "process"
     if args.cache:
