@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel
 from pydantic.json_schema import models_json_schema
@@ -19,6 +19,7 @@ from server_ref.cache import Cached
 from server_ref.mishaps import Mishap
 from server_ref.model import Version
 from server_ref.names import without_places
+from server_ref.repository import Entry
 from server_ref.stats import Snapshot
 
 if TYPE_CHECKING:
@@ -26,29 +27,11 @@ if TYPE_CHECKING:
     from ensemble.latency import Latency
 
 __all__ = [
-    "Done", "Entry", "ErrorList", "Graph", "Labels", "LogLevel", "ModelList", "ModelView", "Operation", "Scale",
+    "Done", "ErrorList", "Graph", "Labels", "LogLevel", "ModelList", "ModelView", "Operation", "Scale",
     "Server", "Told", "VersionView", "Wanted", "Weights", "Which", "document", "errors_of", "graph_of", "version_of",
 ]  # fmt: skip
 
 _WINDOW_S = 60.0
-
-
-class Entry(Protocol):
-    """One version of a model and how it is: `state` is loading, warming, ready, draining, unavailable or failed.
-
-    `reason` says why, where it is not ready; `since` is when that began, in seconds since 1970.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def version(self) -> str: ...
-    @property
-    def state(self) -> str: ...
-    @property
-    def reason(self) -> str: ...
-    @property
-    def since(self) -> float: ...
 
 
 class _Form(BaseModel):

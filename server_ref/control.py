@@ -30,6 +30,7 @@ from server_ref.gate import Gate
 from server_ref.graphs import is_graph, pictured
 from server_ref.model import Version
 from server_ref.names import without_places
+from server_ref.repository import Entry
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -53,7 +54,7 @@ class ModelControl(Protocol):
     Each raises `ModelNotFound` for what there is not, and an error of ours for what it cannot do.
     """
 
-    def index(self) -> Sequence[api.Entry]:
+    def index(self) -> Sequence[Entry]:
         """Every version that is known, whatever its state."""
 
     async def load(self, name: str, *, version: str = "") -> Any:
@@ -246,7 +247,7 @@ class _Api:
 
     def _look(self) -> list[_Seen]:
         catalog, models = self.server.front.catalog, self.models
-        by_name: dict[str, list[tuple[api.Entry, Version | None]]] = {}
+        by_name: dict[str, list[tuple[Entry, Version | None]]] = {}
         for entry in models.index():
             served = catalog.models.get(entry.name)
             version = served.versions.get(entry.version) if served is not None else None
@@ -262,7 +263,7 @@ class _Api:
 
 
 if TYPE_CHECKING:
-    _Seen = tuple[str, str, Mapping[str, str], Mapping[str, float], list[tuple[api.Entry, Version | None]]]
+    _Seen = tuple[str, str, Mapping[str, str], Mapping[str, float], list[tuple[Entry, Version | None]]]
 
 
 _MODEL = "/api/models/{model}"

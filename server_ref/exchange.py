@@ -17,9 +17,9 @@ from server_ref.answer import JSON, Answer
 from server_ref.catalog import Catalog
 from server_ref.connection import Connection
 from server_ref.model import Run, Version
+from server_ref.repository import Entry
 
 __all__ = [
-    "Entry",
     "Exchange",
     "Host",
     "ModelControl",
@@ -40,26 +40,6 @@ class Exchange(NamedTuple):
     head: http1.Head
     body: memoryview | bytes
     connection: Connection
-
-
-class Entry(Protocol):
-    """One version in a repository; `state` is one of loading, warming, ready, draining, unavailable, failed."""
-
-    @property
-    def name(self) -> str:
-        """Of the model."""
-
-    @property
-    def version(self) -> str:
-        """Which one of it."""
-
-    @property
-    def state(self) -> str:
-        """How it is."""
-
-    @property
-    def reason(self) -> str:
-        """Why it is not ready; empty where it is."""
 
 
 class ModelControl(Protocol):

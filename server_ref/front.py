@@ -28,13 +28,14 @@ from server_ref.catalog import Catalog, Chosen
 from server_ref.compression import coding_of, inflate, inflate_little
 from server_ref.connection import Connection, Timeouts
 from server_ref.correlation import given_id, new_id, trace_headers, trace_id
-from server_ref.exchange import Entry, Exchange, ModelControl, deadline_of
+from server_ref.exchange import Exchange, ModelControl, deadline_of
 from server_ref.journal import Ended, Journal
 from server_ref.model import Run, Version, name_inputs
 from server_ref.names import UNKNOWN
 from server_ref.open_inference import OpenInference
 from server_ref.origins import check_origins, origin_headers, preflight
 from server_ref.predict import Predict
+from server_ref.repository import Entry
 
 __all__ = ["Front"]
 

@@ -23,7 +23,6 @@ from server_ref.answer import JSON, Answer
 from server_ref.catalog import Chosen, Model
 from server_ref.compression import compressed, wished_coding
 from server_ref.exchange import (
-    Entry,
     Exchange,
     Host,
     checked,
@@ -35,6 +34,7 @@ from server_ref.exchange import (
 )
 from server_ref.json_text import check_json, load_json
 from server_ref.model import Run, Version
+from server_ref.repository import Entry
 from server_ref.triton_json import configuration, index_row, metadata, statistics
 
 __all__ = ["OpenInference"]

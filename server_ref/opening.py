@@ -6,7 +6,6 @@ It blocks, and is called on a thread of its own. Where models come from, and whe
 from __future__ import annotations
 
 import json
-import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -29,8 +28,6 @@ from server_ref.settings import Warmup
 from server_ref.source import Progress, Source
 
 __all__ = ["open_version"]
-
-log = logging.getLogger("server_ref")
 
 
 def open_version(source: Source, progress: Progress = lambda step, done, of: None) -> Version:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from remote_ops.errors import ModelNotFound, ModelUnavailable, RemoteOpsError, SpecError
+from remote_ops.errors import ModelNotFound, RemoteOpsError, SpecError
 from remote_ops.signature import did_you_mean
 from server_ref.catalog import Catalog
 from server_ref.model import Version, close_all
@@ -183,7 +183,7 @@ class Repository:
         key = source.name, source.version
         served = self._served(*key)
         if source.rules.swap == "replace" and served is not None:
-            await self._close(self._take(*key))
+            await self._close(self.catalog.remove(*key))
             served = None
         state = "ready" if served is not None else "loading"
         entry = self._set(Entry(source, state, "loading anew" if served else "", time.time()))
@@ -230,7 +230,7 @@ class Repository:
                 if self._served(name, entry.version) is None:
                     continue
                 self._set(replace(entry, state="draining", since=time.time()))
-                taken = self._take(name, entry.version)
+                taken = self.catalog.remove(name, entry.version)
                 self._route(entry.source)
                 await self._close(taken)
                 self._set(replace(entry, state="unavailable", reason="unloaded", since=time.time()))
@@ -330,9 +330,6 @@ class Repository:
         model = self.catalog.models.get(name)
         return None if model is None else model.versions.get(version)
 
-    def _take(self, name: str, version: str) -> Version:
-        return self.catalog.remove(name, version)
-
     def _route(self, source: Source) -> None:
         """Let labels and weights hold for the versions that there are now; the first load of a model sets them."""
         model = self.catalog.models.get(source.name)
@@ -386,14 +383,6 @@ class Repository:
 
             threading.Thread(target=work, name="load", daemon=True).start()
             return await done
-
-
-def not_ready(entries: Iterable[Entry]) -> ModelUnavailable | None:
-    """Why a server is not ready, if a model of it is not."""
-    for entry in entries:
-        if entry.state in ("loading", "warming"):
-            return ModelUnavailable(f"model '{entry.name}' is {entry.state}")
-    return None
 
 
 def open_version(source: Source, progress: Callable[[str, int, int], None]) -> Version:

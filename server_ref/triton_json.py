@@ -14,8 +14,8 @@ from remote_ops import oip
 from remote_ops.signature import BY_NUMPY, TensorSpec
 from server_ref.cache import CacheStats
 from server_ref.catalog import Model
-from server_ref.exchange import Entry
 from server_ref.model import Version
+from server_ref.repository import Entry
 from server_ref.stats import Durations
 
 __all__ = ["configuration", "index_row", "metadata", "statistics"]
